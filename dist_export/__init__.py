@@ -8,7 +8,7 @@ from dist_export._version import VERSION
 from dist_export.errors import DistExportError, ExportError, PackageError, StepFailedError, UserError
 
 if TYPE_CHECKING:
-    from dist_export.api import Exporter, export
+    from dist_export.api import Exporter, compact, export
     from dist_export.config.schema import ExportConfig
     from dist_export.manifest import Manifest
     from dist_export.package.reader import Package, open_package
@@ -26,12 +26,14 @@ __all__ = [
     "StepFailedError",
     "UserError",
     "__version__",
+    "compact",
     "export",
     "open_package",
 ]
 
 _MODULE_OF = {
     "Exporter": "dist_export.api",
+    "compact": "dist_export.api",
     "export": "dist_export.api",
     "ExportConfig": "dist_export.config.schema",
     "Manifest": "dist_export.manifest",

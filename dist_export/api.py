@@ -1,4 +1,4 @@
-"""The Python API: ``Exporter`` with RecIS's parameters, and ``export`` with a config."""
+"""The Python API: ``Exporter`` with RecIS's parameters, ``export`` with a config, and ``compact``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
 from dist_export.model.user_objects import Objects
+from dist_export.pipeline.compact_command import check_options
+from dist_export.pipeline.compact_command import compact as compact_package
 from dist_export.pipeline.config_agreement import build_and_digest
 from dist_export.pipeline.run import run_export
 from dist_export.reporting.display import show_lines
@@ -125,6 +127,32 @@ def export(
         return _export(ranks, settings, objects, progress, digests)
 
 
+def compact(
+    delta: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Manifest:
+    """Make a full package of a delta package and its base, as the command ``compact`` does. All ranks.
+
+    Returns the manifest of the committed package; shows the progress and raises as :meth:`Exporter.export`.
+
+    Args:
+        delta: the delta package: a directory, an fsspec URL, or a model registry's URI.
+        out: where the full package is written; a URI such as ``versions:/serving/ctr`` publishes it.
+        base: the base of the delta, as ``delta``. By default it is where it was when the delta was exported, or beside the delta.
+        progress: as of :meth:`Exporter.export`.
+        options: any other option of the command, such as ``num_shards`` or ``overwrite``.
+    """
+    below = None if base is None else os.fspath(base)
+    arguments = {**check_options(options), "delta": os.fspath(delta), "out": os.fspath(out), "base": below}
+    arguments["progress"] = is_shown = arguments["progress"] if progress is None else progress
+    with join(timeout_secs=arguments["timeout"]) as ranks:
+        return _show(ranks, compact_package(ranks, arguments), is_shown=is_shown)
+
+
 def _export(
     ranks: Ranks,
     config: ExportConfig,
@@ -133,7 +161,11 @@ def _export(
     digests: Sequence[bytes] | None = None,
 ) -> Manifest:
     is_shown = config.progress if progress is None else progress
-    manifest, summary = run_export(ranks, config, objects, is_shown=is_shown, digests=digests)
+    return _show(ranks, run_export(ranks, config, objects, is_shown=is_shown, digests=digests), is_shown=is_shown)
+
+
+def _show(ranks: Ranks, made: tuple[Manifest, list[str]], *, is_shown: bool) -> Manifest:
+    manifest, summary = made
     if is_shown and ranks.rank == 0:
         show_lines(summary)
     return manifest

@@ -284,7 +284,8 @@ def _compact(argv: list[str]) -> int:
     summary: list[str] = []
 
     def work(ranks: Ranks) -> int:
-        summary.extend(compact(ranks, arguments))
+        _, lines = compact(ranks, arguments)
+        summary.extend(lines if ranks.rank == 0 else ())
         return 0
 
     code = _run_on_ranks(arguments["timeout"], work, tells_each=True)

@@ -97,6 +97,10 @@ class PackageError(DistExportError):
     """An exported directory is unsound."""
 
 
+class WrongBaseError(UserError, PackageError):
+    """The package that was given as the base of a delta package is another one, or cannot be read."""
+
+
 class StepFailedError(DistExportError):
     """A step failed on at least one rank. It is raised on every rank, with the text of each failure by rank."""
 

@@ -121,10 +121,12 @@ def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, 
     below = [member for member in members if member.name.startswith(begin)]
     roots = find_roots(members)
     if not below:
+        inside = [m.name.partition(f".{begin}")[0] + f".{begin[:-1]}" for m in members if f".{begin}" in m.name]
+        there = Counter(inside or [_root_of(member, roots) for member in members])
+        counts = list_some([f"{root} ({number} tensors)" for root, number in sorted(there.items())])
         raise UnaskedError(
-            f"{where}: state_root is {settings.state_root!r}, but no tensor lies below it; there are "
-            f"{_count_roots(members, roots)}"
-            "; set state_root to one of them"
+            f"{where}: state_root is {settings.state_root!r}, but no tensor lies below it; there are {counts}; set state_root "
+            "to one of them"
         )
     inner = [Member(m.name.removeprefix(begin), _cut_path(m, len(begin)), m.shape) for m in below]
     names, removed, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest, begin=begin)
@@ -297,11 +299,6 @@ def _is_state(chosen: Root, rivals: Sequence[Root], by_root: Mapping[Root, Mappi
 def _root_of(member: Member, roots: set[Root]) -> str:
     """Return the dotted root of a tensor, for messages and for ``state_root``."""
     return dotted(nested_root(member, roots)) or member.name.partition(".")[0]
-
-
-def _count_roots(members: Sequence[Member], roots: set[Root]) -> str:
-    counts = Counter(_root_of(member, roots) for member in members)
-    return list_some([f"{root} ({number} tensors)" for root, number in sorted(counts.items())])
 
 
 def _say_prefix(where: str, prefix: str) -> str:

@@ -15,6 +15,7 @@ from dist_export.formats.pickle_values import PickleError
 from dist_export.formats.pickled_tensor import PickledTensor, itemsize_of
 from dist_export.formats.torch_pickle import as_tensor, load_pickled
 from dist_export.formats.torch_zip import check_state_archive
+from dist_export.storage.range_file import RangeFile
 from dist_export.storage.range_reader import RangeReader
 
 _END_BYTES = 4096
@@ -38,49 +39,26 @@ class Item(NamedTuple):
     """In bytes."""
 
 
-class _View(io.RawIOBase):
-    """A range of a file, as a file. Its ends are read once, for that is where a zip says what it holds."""
+class _View(RangeFile):
+    """An item, as a file. Its ends are read once, for that is where a zip says what it holds."""
 
     def __init__(self, reader: RangeReader, begin: int, num_bytes: int) -> None:
-        self._reader = reader
-        self._begin = begin
-        self._size = num_bytes
-        self._position = 0
+        super().__init__(reader, begin, num_bytes)
         self._ends: dict[int, memoryview] = {}
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = max(0, offset + (0, self._position, self._size)[whence])
-        return self._position
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(cast("bytearray", buffer)).cast("B")
-        count = max(0, min(len(view), self._size - self._position))
-        if not count:
-            return 0
+    def _fill(self, view: memoryview, position: int) -> int:
         for begin in (0, max(0, self._size - _END_BYTES)):
-            at = self._position - begin
+            at = position - begin
             if 0 <= at < _END_BYTES:  # what is asked for beyond it is asked for again
-                end = self._end(begin)[at : at + count]
+                end = self._end(begin)[at : at + len(view)]
                 view[: len(end)] = end
-                self._position += len(end)
                 return len(end)
-        self._reader.read_into(view[:count], self._begin + self._position)
-        self._position += count
-        return count
+        return super()._fill(view, position)
 
     def _end(self, begin: int) -> memoryview:
         if begin not in self._ends:
             self._ends[begin] = memoryview(bytearray(min(_END_BYTES, self._size - begin)))
-            self._reader.read_into(self._ends[begin], self._begin + begin)
+            super()._fill(self._ends[begin], begin)
         return self._ends[begin]
 
 

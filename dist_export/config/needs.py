@@ -41,28 +41,28 @@ class Comparisons(Tolerance, Protocol):
         """Examples of the largest batch."""
 
 
-class MissingTables(ArchNames, Protocol):
-    """What of the model's tables the checkpoint may lack."""
+class ExportedTables(Protocol):
+    """Whether there are tables at all."""
 
     @property
     def need_export_sparse(self) -> bool:
         """Whether tables are exported."""
+
+
+class MissingTables(ArchNames, ExportedTables, Protocol):
+    """What of the model's tables the checkpoint may lack."""
 
     @property
     def allow_missing_tables(self) -> Sequence[str]:
         """Patterns of tables that may be missing."""
 
 
-class ModelValues(ArchNames, Protocol):
+class ModelValues(ArchNames, ExportedTables, Protocol):
     """What of the model's other values may be missing, too many, or changed by hooks."""
 
     @property
     def ckpt_dir(self) -> str | None:
         """The checkpoint; None for a model in memory."""
-
-    @property
-    def need_export_sparse(self) -> bool:
-        """Whether tables are exported."""
 
     @property
     def allow_missing_dense(self) -> Sequence[str]:
@@ -77,16 +77,12 @@ class ModelValues(ArchNames, Protocol):
         """Patterns of hooks that load a state and may do so."""
 
 
-class UserCallables(Protocol):
+class UserCallables(ExportedTables, Protocol):
     """What the settings name of the caller's code."""
 
     @property
     def is_live(self) -> bool:
         """Whether the model in memory is the source."""
-
-    @property
-    def need_export_sparse(self) -> bool:
-        """Whether tables are exported."""
 
     @property
     def model(self) -> str | None:
@@ -113,7 +109,23 @@ class UserCallables(Protocol):
         """Its keyword arguments."""
 
 
-class DriftSettings(Comparisons, ArchNames, Protocol):
+class ReplacedPackage(UserCallables, Protocol):
+    """What becomes of a package, or of an unfinished export, that is in the target already."""
+
+    @property
+    def ckpt_dir(self) -> str | None:
+        """The checkpoint; None for a model in memory."""
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether another package is replaced."""
+
+    @property
+    def on_unfinished(self) -> str:
+        """``resume``, ``restart`` or ``error``."""
+
+
+class DriftSettings(Comparisons, ArchNames, ExportedTables, Protocol):
     """How drift is measured and bounded."""
 
     @property
@@ -127,10 +139,6 @@ class DriftSettings(Comparisons, ArchNames, Protocol):
     @property
     def dynamic_dims(self) -> Mapping[str, Mapping[int, str]]:
         """Free sizes besides the batch."""
-
-    @property
-    def need_export_sparse(self) -> bool:
-        """Whether tables are exported."""
 
     @property
     def max_memory_bytes(self) -> int:

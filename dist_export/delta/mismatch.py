@@ -64,18 +64,20 @@ def _compare(checkpoint: Checkpoint, selection: Selection, number: int, theirs: 
         return f"has {theirs.rows_out:,} rows by number, and that of the checkpoint {rows:,}"
     if not theirs.is_row_indexed and any(part.rows and part.row_index is msgspec.UNSET for part in theirs.parts):
         return "has no row index; export the base with row_index: true"
-    now = [_say(slot) for slot in selection.kept[number] if slot.name != ID_SLOT]
-    before = [_say_entry(slot) for slot in theirs.kept if slot.name != ID_SLOT]
+    now = [f"{slot.name} {describe_slot(slot)}" for slot in selection.kept[number] if slot.name != ID_SLOT]
+    before = [f"{slot.name} {describe_slot_entry(slot)}" for slot in theirs.kept if slot.name != ID_SLOT]
     if now != before:
         return f"has the slots {', '.join(before)}, and would be written with {', '.join(now)}"
     return None
 
 
-def _say(slot: SlotMeta) -> str:
+def describe_slot(slot: SlotMeta) -> str:
+    """Return the dtype or encoding of a slot, and its shape; as :func:`describe_slot_entry`, so that both can be compared."""
     shape = slot.inner_shape if slot.stored_shape is None else slot.stored_shape
-    return f"{slot.name} {slot.encoding or DTYPES[slot.dtype].torch} {list(shape)}"
+    return f"{slot.encoding or DTYPES[slot.dtype].torch} {list(shape)}"
 
 
-def _say_entry(slot: SlotEntry) -> str:
+def describe_slot_entry(slot: SlotEntry) -> str:
+    """Return the same of a slot in a package."""
     encoding = "" if slot.encoding is msgspec.UNSET else slot.encoding
-    return f"{slot.name} {encoding or slot.dtype} {list(slot.shape)}"
+    return f"{encoding or slot.dtype} {list(slot.shape)}"

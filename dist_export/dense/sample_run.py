@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,10 @@ class SampleRun:
             self.pruned = finder.pruned_ids()
             whole = self.drift.whole_tables()
             self.changes_rows = any(ranks.all_gather("look for changed rows", lambda: finder.changes_rows(whole)))
+        if self.reference.kind == MODEL and self.changes_rows:  # the model had the rows as they were
+            name = config.sparse_model_name
+            run = partial(run_sparse_arch, sparse_arch, self.data, sparse_model_name=name, finder=own_rows)
+            blocks, _ = ranks.run("run the sparse arch on unmodified rows", run, may_block=True)
         found = ranks.broadcast("look at the reference", lambda: self._look_at_reference(blocks))
         return [*note_passed(passed, "model's forward"), *found, *self.drift.notes]
 
@@ -221,7 +226,7 @@ class SampleRun:
         assert self.reference is not None
         with naming_causes(self.sample.dense_arch, self._config.dense_model_name, self._objects.model):
             refuse_other_inputs(self.sample, self.reference, atol=self._config.atol, rtol=self._config.rtol)
-        if self.reference.kind == MODEL and not self.changes_rows:
+        if self.reference.kind == MODEL:
             refuse_other_batch(self.sample, blocks.tensors, self.reference)
         reason = self.reference.reason
         told = "scores are those of dense_arch(sparse_arch(batch)); what forward does before the two and between them is left out"

@@ -15,11 +15,11 @@ from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import CastDtype
+from dist_export.delta.mismatch import describe_slot, describe_slot_entry
 from dist_export.diff.entries import DenseDiff, PackageDiff, ScoresDiff, TableDiff
 from dist_export.diff.layers import count_rows, is_row_indexed
 from dist_export.diff.rows import COPIES, MOST_ROWS, compare_slot
 from dist_export.errors import UserError
-from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
@@ -178,11 +178,13 @@ def _pair(number: int, table: TableMeta, kept: Sequence[SlotMeta], entry: TableE
         other = theirs.get(name)
         if other is None:
             continue
-        if _say(slot) == _say_entry(other):
+        if describe_slot(slot) == describe_slot_entry(other):
             stored = table.slots[slot.column]
             slots.append((stored, cast_of(stored, slot), other))
         else:
-            others.append(f"slot {name!r} is {_say(slot)} in the checkpoint, {_say_entry(other)} in the package")
+            others.append(
+                f"slot {name!r} is {describe_slot(slot)} in the checkpoint, {describe_slot_entry(other)} in the package"
+            )
     reason = ""
     if is_row_indexed(package, entry) and table.has_ids:
         reason = "the checkpoint has a hash table, the package a row-indexed table"
@@ -275,13 +277,3 @@ def _add_counts(
 def _name_of(table: TableEntry) -> str:
     """Return the name that the trainer has for a table."""
     return table.name if table.source_name is msgspec.UNSET else table.source_name
-
-
-def _say(slot: SlotMeta) -> str:
-    shape = slot.inner_shape if slot.stored_shape is None else slot.stored_shape
-    return f"{slot.encoding or DTYPES[slot.dtype].torch} {list(shape)}"
-
-
-def _say_entry(slot: SlotEntry) -> str:
-    encoding = "" if slot.encoding is msgspec.UNSET else slot.encoding
-    return f"{encoding or slot.dtype} {list(slot.shape)}"

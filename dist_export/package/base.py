@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from dist_export.errors import DistExportError, PackageError
+from dist_export.errors import DistExportError, PackageError, WrongBaseError
 from dist_export.formats.delta_entries import BaseEntry
 from dist_export.formats.recis import ID_SLOT
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
@@ -48,6 +48,7 @@ def find_base(
         known: packages that are open already. The base is one of them if it can be.
 
     Raises:
+        WrongBaseError: ``given`` is not the base.
         PackageError: no directory has the base, the base is a delta package itself, or its slots are not those of the delta.
     """
     entry = manifest.base
@@ -75,7 +76,8 @@ def find_base(
         package.close()
         misses.append(f"{place.url} is another package, of the digest {found.digest}")
     advice = "give the right base" if given is not None else "put the base back, or give base"
-    raise PackageError(
+    kind = PackageError if given is None else WrongBaseError
+    raise kind(
         f"{delta.url} is a delta package of {entry.path}, and needs that base, whose manifest has the digest "
         f"{entry.digest}. It is not there: {'; '.join(misses)}. To read the delta, {advice}"
     )

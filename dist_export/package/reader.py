@@ -382,7 +382,7 @@ def open_package(
     Raises:
         UserError: there is no such directory, or no such version; ``base`` is given for a full package.
         PackageError: there is no manifest, so this is no package, or the manifest cannot be read, is damaged, or has a later
-            schema; the base of a delta package is not found, or is another package.
+            schema; the base of a delta package is not found, or is another package. Where ``base`` is, it is a UserError too.
     """
     found = resolve(os.fspath(path), registry_options or {})
     below = None if base is None else resolve(os.fspath(base), registry_options or {}).directory

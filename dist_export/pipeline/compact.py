@@ -22,7 +22,7 @@ from dist_export.pipeline.compacted_package import TakenFromDelta, account_for_t
 from dist_export.pipeline.identity import Told, identify_export
 from dist_export.pipeline.planning import (
     PlannedSparse,
-    budget_of,
+    count_threads,
     describe_row_indexed_tables,
     plan_sparse,
     read_metadata,
@@ -168,7 +168,7 @@ class Compaction:
                 files = tuple(file for file in manifest.files if file.path in needed)
                 look = functools.partial(list_work, package.directory, manifest, files)
                 work = task.ranks.broadcast("look at the files of a package", look)
-                compare_files(task.ranks, package.directory, work, threads=budget_of(task.config).threads)
+                compare_files(task.ranks, package.directory, work, threads=count_threads(task.config.threads))
                 notes += note_without_digest(package.directory, work)
         return export.grown(notes=notes)
 
@@ -178,7 +178,7 @@ class Compaction:
         assert checkpoint is not None
         with task.reporter.stage("plan"):
             room = task.config.max_memory_bytes // _LISTS_SHARE
-            threads = task.ranks.broadcast("count the threads", lambda: budget_of(task.config).threads)
+            threads = task.ranks.broadcast("count the threads", lambda: count_threads(task.config.threads))
             look = functools.partial(plan_replacing, checkpoint, package, threads=threads, most_bytes=room)
             rules = task.ranks.run("look at the deleted ids", lambda: _blame(look))
             task.ranks.broadcast("look at row numbers", lambda: _refuse_wrong_numbers(checkpoint, package))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,9 @@ import msgspec
 
 from dist_export.config.describe import SETTINGS, Option
 from dist_export.config.loader import PATH_OPTIONS, load_config
-from dist_export.errors import ConfigError
+from dist_export.errors import ConfigError, DistExportError
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.manifest import Manifest
 from dist_export.model.user_objects import Objects
 from dist_export.package.reader import Package
 from dist_export.pipeline.account import NO_TABLES
@@ -31,30 +33,53 @@ _PASSED = (
     *("overwrite", "on_unfinished", "digest", "max_memory", "threads", "timeout", "progress"),
     *("storage_options", "target_storage_options", "registry_options", "events", "metrics"),
 )
+_TEXTS = {
+    "overwrite": "Replace a package that is already in OUT. The old package stays readable until the new one is committed.",
+    "on_unfinished": "What to do if OUT holds an unfinished package: resume it, restart from the beginning, or stop.",
+    "storage_options": "Options for the file system of DELTA and BASE (fsspec).",
+    "target_storage_options": "Options for the file system of OUT, if they differ. Null takes --storage_options.",
+    "events": "Write events as JSON lines to this file or fsspec URL. Lines are added. True takes <OUT>.events.jsonl.",
+}
 OPTIONS = {
     "base": Option(hint=str | None, default=None, text="Base of DELTA. Null looks at its old path, and beside DELTA."),
     "num_shards": Option(hint=int | None, default=None, text="Number of shards. Null takes that of DELTA."),
-    **{name: SETTINGS[name] for name in _PASSED},
+    **{name: replace(SETTINGS[name], text=_TEXTS.get(name, "")) for name in _PASSED},
     "registry_options": PATH_OPTIONS["registry_options"],
-    "storage_options": replace(
-        PATH_OPTIONS["storage_options"], text="Options for the file system of DELTA and BASE (fsspec)."
-    ),
 }
 NAMES = ("delta", "out")
+_WORDS = {
+    "export_dir": "OUT",
+    "ckpt_dir": "DELTA",
+    "overwrite: true": "--overwrite true",
+    "on_unfinished: resume": "--on_unfinished resume",
+    "storage_options": "--storage_options",
+    "target_storage_options": "--target_storage_options",
+}
+_WORD = re.compile(rf"(?<![\w/.:-])({'|'.join(_WORDS)})(?![\w/-]|\.\w)")
 
 
-def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> list[str]:
-    """Make the package; return the lines of the summary. All ranks.
+def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all options. ConfigError if one of ``given`` is none, or has a wrong type."""
+    if unknown := [name for name in given if name not in OPTIONS]:
+        raise ConfigError(f"compact has no option {unknown[0]!r}; its options are {', '.join(OPTIONS)}")
+    config = load_config({"ckpt_dir": "DELTA", "export_dir": "OUT", "filter_sparse_opt": True, **given})
+    return {name: option.default for name, option in OPTIONS.items()} | {name: vars(config)[name] for name in given}
+
+
+def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> tuple[Manifest, list[str]]:
+    """Make the package; return its manifest, and the lines of the summary. All ranks.
 
     Raises:
         UserError: DELTA is a full package, a package is missing or damaged, or there is another package in OUT.
         ExportError: it failed later. There is no package then.
     """
-    settings, base, found = ranks.broadcast("look at the delta", lambda: _read_settings(arguments))
-    config = load_config(settings)
-    objects = Objects()
-    _, summary = run_export(ranks, config, objects, is_shown=config.progress, steps=Compaction(base).steps, found=found)
-    return summary if ranks.rank == 0 else []
+    try:
+        settings, base, found = ranks.broadcast("look at the delta", lambda: _read_settings(arguments))
+        config, steps = load_config(settings), Compaction(base).steps
+        return run_export(ranks, config, Objects(), is_shown=config.progress, steps=steps, found=found)
+    except DistExportError as error:  # an export speaks of its settings
+        error.args = tuple(_WORD.sub(lambda match: _WORDS[match[1]], line) for line in error.args)
+        raise
 
 
 def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, FoundCheckpoint]:

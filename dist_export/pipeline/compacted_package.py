@@ -6,12 +6,11 @@ import math
 
 import msgspec
 
-from dist_export.commit.publish import DenseMeta
 from dist_export.config.prune_rules import REPLACED, SAME
 from dist_export.errors import CommitError
 from dist_export.formats.delta_entries import CompactedEntry, DeltaEntry
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.formats.recis import DENSE_SUFFIX, INDEX, MERGED, TENSORKEY
+from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES
 from dist_export.manifest import (
     SCHEMA_VERSION,
@@ -25,7 +24,7 @@ from dist_export.package.reader import Package
 from dist_export.package.stored_rows import row_bytes_of
 from dist_export.pipeline.account import BY_CAST
 from dist_export.pipeline.base_package import describe_base, refuse_replaced_base
-from dist_export.pipeline.reused_program import MERGED_DECODER, TakenOver, read_checked
+from dist_export.pipeline.reused_program import TakenOver, read_checked
 
 
 class TakenFromDelta(TakenOver):
@@ -36,6 +35,7 @@ class TakenFromDelta(TakenOver):
         super().__init__()
         assert package.base is not None
         self._delta, self._below = package, package.base
+        self._source, self._manifest = package.directory, package.manifest
 
     def read(self) -> dict[str, bytes]:
         """Return the files by path, each compared with its digest. CheckpointError."""
@@ -44,22 +44,13 @@ class TakenFromDelta(TakenOver):
         files = [file for file in manifest.files if file.path not in of_tables]
         return {file.path: read_checked(self._delta.directory, file) for file in files}
 
-    def dense_state(self) -> DenseMeta:
-        """Return the dense parameters that the delta's merged manifest lists."""
-        entry = next(file for file in self._delta.manifest.files if file.path == MERGED)
-        merged = MERGED_DECODER.decode(read_checked(self._delta.directory, entry))
-        return [
-            (key, its.dtype, tuple(its.shape))
-            for key, its in merged.items()
-            if its.dense and not key.endswith(DENSE_SUFFIX)
-        ]
-
     def describe(self, manifest: Manifest) -> Manifest:
         """Return the manifest that an export of the delta's checkpoint would have. CommitError if a package was replaced."""
         delta, base = self._delta, self._below
         for package in (delta, base):
             refuse_replaced_base(package)
         own = delta.manifest
+        carried = tuple(note for note in dict.fromkeys(own.notes) if note not in manifest.notes)
         return msgspec.structs.replace(
             manifest,
             schema_version=SCHEMA_VERSION,
@@ -75,7 +66,8 @@ class TakenFromDelta(TakenOver):
             drift=own.drift,
             score=own.score,
             serving=own.serving,
-            notes=tuple(dict.fromkeys((*own.notes, *manifest.notes))),
+            notes=(*carried, *manifest.notes),
+            run={**manifest.run, "carried_notes": len(carried)},
         )
 
 

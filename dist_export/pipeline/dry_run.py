@@ -59,7 +59,7 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
-    _refuse_unread(config)
+    _refuse_unread(config.format, is_live=config.is_live)
     found = look_at_all(ranks, config, world_size)
     config, paths, source, checkpoint = found.config, found.paths, found.source, found.checkpoint
     report: dict[str, Any] = {
@@ -112,14 +112,14 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     return report
 
 
-def _refuse_unread(config: ExportConfig) -> None:
+def _refuse_unread(format_name: str, *, is_live: bool) -> None:
     """Refuse sources of which metadata tell too little."""
-    if config.is_live:
+    if is_live:
         raise ConfigError(
             "format is live: the tables are only in the memory of the training job, so plan cannot read them. The export "
             "itself checks the settings before it writes anything"
         )
-    if is_trainer_delta(config):
+    if is_trainer_delta(format_name):
         raise ConfigError(
             "format is tzrec_delta: its rows must be read to know which ones count, so there is no plan without an export. The "
             "export itself checks the settings before it writes anything"

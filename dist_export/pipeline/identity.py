@@ -10,6 +10,7 @@ import msgspec
 import xxhash
 
 from dist_export.checkpoint.metadata import Checkpoint, SourceFile
+from dist_export.config.needs import UserCallables
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.formats.recis import MERGED
@@ -129,7 +130,7 @@ def _digest_arguments(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, _digest_object(value)) for name, value in sorted(arguments.items())]
 
 
-def find_incomparable(config: ExportConfig) -> str:
+def find_incomparable(config: UserCallables) -> str:
     """Return why no package counts as this very export, whatever is in it, as a sentence; empty where one may."""
     for setting in ARGUMENTS:
         for name, value in getattr(config, setting).items():

@@ -10,6 +10,7 @@ from dist_export.checkpoint.dense import DenseParameters, RecisDense
 from dist_export.checkpoint.detect import detect_format, holds_tables, open_dense
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights, merge_weights
+from dist_export.config.needs import ModelValues, ScoreSettings
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.fg import Features, check_conf
 from dist_export.dense.fg_load import collect_confs, has_hashed_input
@@ -82,13 +83,13 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
 
 
-def look_for_weights(ranks: Ranks, config: ExportConfig, model: Any) -> ModelWeights | None:
+def look_for_weights(ranks: Ranks, config: ModelValues, model: Any) -> ModelWeights | None:
     """Return what the model says of the tensors of its checkpoint; None without either. All ranks, each with its model.
 
     Raises:
         ModelError: on all ranks, where the model has no such arches, or changes a state_dict while it is loaded.
     """
-    if model is None or config.is_live:
+    if model is None or config.ckpt_dir is None:
         return None
     from dist_export.dense.load_hooks import check_load_hooks  # a copy of files needs no torch
     from dist_export.model.sparse_tables import find_weights
@@ -188,7 +189,7 @@ _PATTERNS_OF_MODEL = (
 )
 
 
-def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoint | None) -> None:
+def refuse_unscored(config: ScoreSettings, objects: Objects, checkpoint: Checkpoint | None) -> None:
     """Refuse settings that scores cannot be had for. ConfigError, PlanError."""
     has_model = objects.model is not None and objects.dataset is not None
     if config.max_drift is not None and not has_model:

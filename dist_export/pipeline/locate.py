@@ -82,13 +82,13 @@ def locate(
         resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = base.resolve(config.ckpt_dir, config.registry_options)
-        if found is None and is_trainer_delta(config):
+        if found is None and is_trainer_delta(config.format):
             found = find_dumps(config, resolved.directory)
         elif found is None:
             found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
-    _refuse_two_registries(config)
+    _refuse_two_registries(config.export_dir, register)
     options = options_for_registries(config)
     found_base = find_base(config, options)
     is_latest = config.base == LATEST  # another package each time, and yet the same export
@@ -124,17 +124,17 @@ def locate(
     )
 
 
-def _refuse_two_registries(config: ExportConfig) -> None:
+def _refuse_two_registries(export_dir: str, register: str) -> None:
     """Refuse a package that would be in one registry alone, or not where the directory of versions looks for it."""
-    if not config.register:
+    if not register:
         return
-    if base.scheme_of(config.export_dir) == SCHEME:
+    if base.scheme_of(export_dir) == SCHEME:
         raise ConfigError(
-            f"the package is published to {config.export_dir} and registered as {config.register}; one export does one of the two"
+            f"the package is published to {export_dir} and registered as {register}; one export does one of the two"
         )
-    if base.scheme_of(config.register) == SCHEME:
+    if base.scheme_of(register) == SCHEME:
         raise ConfigError(
-            f"register is {config.register}, whose packages are in that directory, and export_dir is {config.export_dir}; "
+            f"register is {register}, whose packages are in that directory, and export_dir is {export_dir}; "
             "leave both out and set publish"
         )
 
@@ -224,7 +224,7 @@ def _key_of(config: ExportConfig, found: FoundCheckpoint, attempt: int) -> str:
         source.append(
             sorted(
                 (name, stat.size, stat.version)
-                for name, stat in (stat_dumps if is_trainer_delta(config) else _stats)(directory).items()
+                for name, stat in (stat_dumps if is_trainer_delta(config.format) else _stats)(directory).items()
             )
         )
     key = xxhash.xxh3_64_hexdigest(msgspec.json.encode([*source, config.num_shards, settings, lists]))

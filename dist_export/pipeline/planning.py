@@ -251,7 +251,8 @@ def plan_sparse(
     pruning = ranks.check("read the rules for rows", lambda: leaving or read_pruning(checkpoint, config))
 
     def look() -> tuple[MemoryBudget, str]:
-        return budget_of(config, taken=pruning.num_bytes), checkpoint.digest_traces()
+        room = config.max_memory_bytes - pruning.num_bytes
+        return MemoryBudget(room, count_threads(config.threads)), checkpoint.digest_traces()
 
     # machines may have other cores and mount the source in other ways, and all ranks need one plan with one digest
     budget, disk_state = ranks.broadcast("share out the memory", look)
@@ -273,7 +274,8 @@ def plan_sparse(
     same, rules = ranks.check("open the tables of the base", compare)
     census = count(rules, duplicates)
     search_rest(ranks, checkpoint, census, budget, duplicates)
-    ranks.check("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
+    repair = config.on_misplaced == "repair" if config.filter_sparse_opt else None
+    ranks.check("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, repair=repair))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
         found = find_duplicate_rows(ranks, checkpoint, duplicates, budget, pruning)
@@ -338,16 +340,12 @@ def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
     return plan_pruning(checkpoint, rules, lists)
 
 
-def budget_of(config: ExportConfig, *, taken: int = 0) -> MemoryBudget:
-    """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most.
-
-    ``taken``: bytes of ``max_memory`` that are held all the while.
-    """
-    threads = config.threads
-    if threads is None:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
-    return MemoryBudget(config.max_memory_bytes - taken, threads)
+def count_threads(asked: int | None) -> int:
+    """Return how many threads a rank gets: by default the cores that it has to itself, 4 at most."""
+    if asked is not None:
+        return asked
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
 
 
 def _refuse_different(digests: list[str], source: str) -> None:
@@ -358,10 +356,10 @@ def _refuse_different(digests: list[str], source: str) -> None:
     )
 
 
-def _refuse_misplaced(checkpoint: Checkpoint, census: Census, config: ExportConfig) -> None:
-    """Refuse rows outside the slice of their part where they are to stay, in a copy, or are said to be an error."""
+def _refuse_misplaced(checkpoint: Checkpoint, census: Census, *, repair: bool | None) -> None:
+    """Refuse rows outside the slice of their part where they are to stay, in a copy (None), or are said to be an error."""
     wrong = np.flatnonzero(census.misplaced)
-    if not len(wrong) or (config.filter_sparse_opt and config.on_misplaced == "repair"):
+    if not len(wrong) or repair:
         return
     part = int(wrong[0])
     table = int(checkpoint.parts.table[part])
@@ -371,15 +369,15 @@ def _refuse_misplaced(checkpoint: Checkpoint, census: Census, config: ExportConf
     file = first_source_of(checkpoint, part)
     claimed = checkpoint.parts.slice_of(part)
     raise PlanError(
-        f"{checkpoint.directory.url} {'cannot be exported' if config.filter_sparse_opt else 'cannot be copied as it is'}: "
+        f"{checkpoint.directory.url} {'cannot be copied as it is' if repair is None else 'cannot be exported'}: "
         f"{rows:,} rows of table {checkpoint.tables[table].name!r} lie in another part's slice{others}, where RecIS's "
         f"loader drops them silently; the first part with such rows is {checkpoint.blocks.key[part, 0]!r} in {file}: "
         f"{int(census.misplaced[part]):,} of its {int(checkpoint.parts.rows[part]):,} rows lie outside "
         f"{claimed.begin}:{claimed.end} of {claimed.size}. "
         + (
-            "on_misplaced is error; set on_misplaced: repair, which moves them to the slice that owns them, or save the "
+            "Set filter_sparse_opt: true, which moves them to the slice that owns them (on_misplaced: repair)"
+            if repair is None
+            else "on_misplaced is error; set on_misplaced: repair, which moves them to the slice that owns them, or save the "
             "checkpoint anew"
-            if config.filter_sparse_opt
-            else "Set filter_sparse_opt: true, which moves them to the slice that owns them (on_misplaced: repair)"
         )
     )

@@ -9,6 +9,7 @@ from typing import Any
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.config.mistakes import Mistakes
+from dist_export.config.needs import MissingTables
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.fg import Features
 from dist_export.errors import ConfigError, DistExportError, UnaskedError
@@ -106,7 +107,8 @@ def _build(ranks: Ranks, config: ExportConfig, mistakes: Mistakes) -> Objects | 
 
 def _open_target(ranks: Ranks, config: ExportConfig, mistakes: Mistakes) -> ExportPaths | None:
     """Open the export directory, and try whether it can be made. All ranks. None after a mistake."""
-    paths = mistakes.collect(lambda: open_paths(ranks, config, place_of(config)), None)
+    place = place_of(config.export_dir, add_subfolder=config.add_subfolder)
+    paths = mistakes.collect(lambda: open_paths(ranks, config, place), None)
     if paths is not None and paths.target.is_local:
         target = paths.target
         reason = ranks.broadcast("try export_dir", lambda: why_no_directory(target.path))
@@ -159,7 +161,7 @@ def _try_choices(
 
 def _match_tables(
     ranks: Ranks,
-    config: ExportConfig,
+    config: MissingTables,
     checkpoint: Checkpoint,
     weights: ModelWeights,
     dense_state: DenseMeta,

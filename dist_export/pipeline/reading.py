@@ -43,7 +43,7 @@ def read_source(export: ExportState) -> ExportState:
     none: dict[str, SourceFile] = {}
     small_files = ranks.check_on_first("look at the checkpoint", lambda: look_at_small_files(source), none)
     with task.reporter.stage("read"):
-        if base is not None and source is not None and is_trainer_delta(config):
+        if base is not None and source is not None and is_trainer_delta(config.format):
             checkpoint: Checkpoint | None = open_trainer_delta(ranks, config, source, base)
         else:
             exports_dense = objects.dataset is not None

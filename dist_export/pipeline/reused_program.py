@@ -29,7 +29,7 @@ from dist_export.plan.casts import casts_by_table
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 
-MERGED_DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
+_MERGED_DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
 
 
 class TakenOver:
@@ -122,7 +122,7 @@ class TakenOver:
         entry = next((file for file in files if file.path == MERGED), None)
         if self._source is None or entry is None:
             return []
-        merged = MERGED_DECODER.decode(read_checked(self._source, entry))
+        merged = _MERGED_DECODER.decode(read_checked(self._source, entry))
         return [
             (key, its.dtype, tuple(its.shape))
             for key, its in merged.items()

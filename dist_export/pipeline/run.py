@@ -49,7 +49,8 @@ def run_export(
 
     def find() -> tuple[Locations, str]:
         located = locate(config, needs_dense=needs_dense, weights=weights, found=found)
-        return located, place_of(located.apply(config))
+        its = located.apply(config)
+        return located, place_of(its.export_dir, add_subfolder=its.add_subfolder)
 
     located, export_dir = ranks.broadcast("find the checkpoint", find)
     config = located.apply(config)

@@ -18,7 +18,7 @@ from dist_export.formats.digests import NONE, algorithm_of, missing_package
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.humanize import count
 from dist_export.manifest import MANIFEST, FileEntry, Manifest, decode_manifest
-from dist_export.pipeline.planning import budget_of
+from dist_export.pipeline.planning import count_threads
 from dist_export.pipeline.state import ExportState
 from dist_export.plan.census import Census
 from dist_export.runtime.ranks import Ranks
@@ -65,7 +65,7 @@ def compare_source_package(export: ExportState) -> ExportState:
     if work is None:
         return export
     with task.reporter.stage("compare"):
-        compare_files(task.ranks, directory, work, threads=budget_of(task.config).threads)
+        compare_files(task.ranks, directory, work, threads=count_threads(task.config.threads))
     return export.grown(notes=note_without_digest(directory, work))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dist_export.config.needs import ReplacedPackage, UserCallables
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.own_values_entry import OwnValues
 from dist_export.errors import ConfigError, PackageError
@@ -61,11 +62,11 @@ class ExportPaths:
         return self.target is not self.final
 
 
-def place_of(config: ExportConfig) -> str:
+def place_of(export_dir: str, *, add_subfolder: bool) -> str:
     """Return where the package goes, the dated subfolder of ``add_subfolder`` included (as RecIS names it)."""
-    if not config.add_subfolder or config.export_dir.endswith("data"):
-        return config.export_dir
-    return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
+    if not add_subfolder or export_dir.endswith("data"):
+        return export_dir
+    return f"{export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
 
 
 def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any = None) -> ExportPaths:
@@ -159,7 +160,7 @@ def _has_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def _settle(paths: ExportPaths, config: ExportConfig, identity: str, shards: list[str]) -> bool:
+def _settle(paths: ExportPaths, config: ReplacedPackage, identity: str, shards: list[str]) -> bool:
     """Return whether a package in export_dir is replaced, now that it is known which export this is. Rank 0.
 
     Raises:
@@ -190,7 +191,7 @@ def refuse_foreign_files(paths: ExportPaths, shards: list[str]) -> None:
         )
 
 
-def find_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manifest | None:
+def find_same(paths: ExportPaths, config: ReplacedPackage, identity: str) -> Manifest | None:
     """Return the manifest of the package in export_dir if it is this very export's, whoever started that one. Rank 0.
 
     Schedulers start jobs again that have ended well. Nothing is claimed and nothing written. It is no matter for an export that
@@ -205,7 +206,7 @@ def find_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manife
     return _read_same(paths, config, identity)
 
 
-def _begins_anew(config: ExportConfig) -> bool:
+def _begins_anew(config: ReplacedPackage) -> bool:
     """Whether a package that is there is no answer: of a model in memory nothing tells whether it is still the same."""
     return config.overwrite or config.on_unfinished == "restart" or config.ckpt_dir is None
 
@@ -227,7 +228,7 @@ def _is_of(final: Directory, identity: str) -> bool:
         return False
 
 
-def _read_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manifest | None:
+def _read_same(paths: ExportPaths, config: ReplacedPackage, identity: str) -> Manifest | None:
     """Return the manifest in ``final`` if it is of this very export, and its files are there; None where it may be replaced.
 
     Raises:
@@ -259,7 +260,7 @@ def _read_manifest(final: Directory) -> Manifest:
     return decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST))
 
 
-def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -> None:
+def _refuse_package(final: Directory, config: ReplacedPackage, *, in_place: bool) -> None:
     """Refuse a target that holds a committed package, unless it may and can be replaced."""
     there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
     if not config.overwrite:
@@ -275,7 +276,7 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
         raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
 
 
-def _say_incomparable(config: ExportConfig) -> str:
+def _say_incomparable(config: UserCallables) -> str:
     why = find_incomparable(config)
     return why and f" ({why})"
 
@@ -301,7 +302,7 @@ def _refuse_working_state(directory: Directory) -> None:
 def claim(
     ranks: Ranks,
     paths: ExportPaths,
-    config: ExportConfig,
+    config: ReplacedPackage,
     identity: str,
     shards: list[str],
     release: Callable[[lock_file.Release], object],
@@ -349,7 +350,7 @@ def claim(
     return paths, refuse_if_lost
 
 
-def clear_target(paths: ExportPaths, config: ExportConfig, identity: str) -> None:
+def clear_target(paths: ExportPaths, config: ReplacedPackage, identity: str) -> None:
     """Look again, now that nobody else is there, and clear away what a restart does not want. Rank 0."""
     final, target = paths.final, paths.target
     has_come = final.exists(MANIFEST) and not paths.is_replacing and not may_be_committed(final)
@@ -359,15 +360,14 @@ def clear_target(paths: ExportPaths, config: ExportConfig, identity: str) -> Non
         )
     if paths.is_replacing:
         target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
-    is_committed = not paths.is_replacing and final.exists(MANIFEST)
     # of a model in memory nothing tells whether it is still the one that an unfinished export saw
     is_new = config.on_unfinished == "restart" or paths.source is None
-    if is_new and not paths.in_place and not is_committed:
+    if is_new and not paths.in_place and (paths.is_replacing or not final.exists(MANIFEST)):
         remove_working_state(target)
 
 
 def find_committed(
-    paths: ExportPaths, config: ExportConfig, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
+    paths: ExportPaths, config: ReplacedPackage, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
 ) -> Manifest | None:
     """Return the manifest in ``final`` if an attempt of this very export committed it; finish what it had left. Rank 0.
 

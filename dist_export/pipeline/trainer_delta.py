@@ -21,9 +21,9 @@ from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.urls import open_place
 
 
-def is_trainer_delta(config: ExportConfig) -> bool:
-    """Whether the settings name a trainer's own deltas."""
-    return config.format == TZREC_DELTA
+def is_trainer_delta(format_name: str) -> bool:
+    """Whether the setting ``format`` names a trainer's own deltas."""
+    return format_name == TZREC_DELTA
 
 
 def find_dumps(config: ExportConfig, url: str) -> FoundCheckpoint:

@@ -12,7 +12,8 @@ from dist_export.reporting.printing import print_json, print_lines
 USAGE = {
     "versions": (
         "usage: dist_export versions DIR [--key value ...]\n\nList the versions of a directory that exports are published to, "
-        "the last published first. * is the current one."
+        "the last published first. * is the current one. `published` (published_at with --json) is when a version became current "
+        "for the last time. A delta is shown with its base, and a base that is gone is marked."
     ),
     "rollback": (
         "usage: dist_export rollback DIR [VERSION] [--key value ...]\n\nMake an earlier version the current one; without VERSION "
@@ -34,7 +35,9 @@ def run(command: str, arguments: Mapping[str, Any]) -> None:
         print_lines([f"{where}: {registry.rollback(where, arguments['version'])} is the current version"])
         return
     found = registry.list_versions(where)
-    print_json([version._asdict() for version in found]) if arguments["json"] else print_lines(_render(found))
+    print_json([{**version._asdict(), "kind": _kind(version)} for version in found]) if arguments[
+        "json"
+    ] else print_lines(_render(found))
 
 
 def _render(found: Sequence[Version]) -> list[str]:
@@ -42,7 +45,19 @@ def _render(found: Sequence[Version]) -> list[str]:
     lines = []
     for version in found:
         step = "" if version.step is None else f"  step {version.step:,}"
+        kind = _kind(version) if version.base is None else f"{_kind(version)} over {version.base}{_say_base(version)}"
         removed = "" if version.is_there else "  removed"
         mark = "*" if version.is_current else " "
-        lines.append(f"{mark} {version.name:{width}}  {version.published_at[:19]}Z{step}{removed}")
+        when = f"published {version.published_at[:19]}Z"
+        lines.append(f"{mark} {version.name:{width}}  {when}{step}  {kind}{removed}")
     return lines
+
+
+def _kind(version: Version) -> str:
+    return "full" if version.base is None else "delta"
+
+
+def _say_base(version: Version) -> str:
+    if version.has_base is None:
+        return ", which cannot be read"
+    return ", which is gone" if version.is_there and not version.has_base else ""

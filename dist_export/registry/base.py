@@ -66,6 +66,10 @@ class Registered(NamedTuple):
     """Of a delta, the directory of its base, as ``directory``; empty for a full package."""
 
 
+class LaterStepError(ExportError):
+    """The current version is of a later step, so that the same export again would be refused, too."""
+
+
 class Registry(Protocol):
     """The class that an entry point names. It is called with its ``registry_options`` as keywords, only on rank 0.
 
@@ -219,6 +223,8 @@ def register(uri: str, options: Mapping[str, Any], package: Registered, *, advic
     try:
         return require(uri, options).register(uri, package)
     except Exception as error:
+        if isinstance(error, LaterStepError):
+            advice = "The same export again would be refused, too"
         raise ExportError(
             f"the package {package.directory} is whole and committed, but could not be registered as {uri}: "
             f"{_say(error)}. {advice}"

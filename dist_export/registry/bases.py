@@ -44,6 +44,14 @@ def find_lack(version: Directory) -> str:
     )
 
 
+def has_base(delta: Directory) -> bool | None:
+    """Return whether a delta and its base are there; None if the manifest of either cannot be read."""
+    try:
+        return not find_lack(delta)
+    except ConfigError:
+        return None
+
+
 def list_deltas_on(base: Directory, versions: Directory) -> list[str]:
     """Return which packages in a directory of versions are deltas on one of them. ConfigError if one cannot be read."""
     names = []

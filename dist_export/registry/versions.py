@@ -18,7 +18,7 @@ from dist_export.humanize import few
 from dist_export.manifest import MANIFEST, decode_manifest
 from dist_export.redact import reason_of
 from dist_export.registry import bases
-from dist_export.registry.base import Registered, Resolved
+from dist_export.registry.base import LaterStepError, Registered, Resolved
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
 
@@ -62,6 +62,10 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
     switches: tuple[Switch, ...] = ()
     """The newest first, this one included."""
 
+    def is_later_than(self, step: int | None) -> bool:
+        """Whether this is of a later step."""
+        return step is not None and self.step is not None and step < self.step
+
     def count_deltas(self, base: str | None) -> int:
         """Return how many deltas of a full package were published, removed ones included."""
         return max((switch.num_deltas for switch in self.switches if base and switch.base == base), default=0)
@@ -76,6 +80,10 @@ class Version(NamedTuple):
     step: int | None
     is_current: bool
     is_there: bool
+    base: str | None = None
+    """The version that a delta package needs, or the directory of a base elsewhere; None for a full package."""
+    has_base: bool | None = True
+    """Whether that base is there, or none is needed; None if the manifest of either cannot be read."""
 
 
 class VersionDirectory:
@@ -111,12 +119,7 @@ class VersionDirectory:
         """Return the directory of a version. ConfigError if there is none."""
         where, version = parse(uri)
         if version is None:
-            current, _ = self._read(where)
-            if current is None:
-                raise ConfigError(
-                    f"{uri}: {self._open(where).describe(CURRENT)} does not exist, so no version is published"
-                )
-            version = current.version
+            version = self._require(where)[0].version
         return Resolved(f"{where}/{VERSIONS}/{version}", f"{SCHEME}:{where}@{version}")
 
     def check(self, uri: str) -> None:
@@ -153,8 +156,8 @@ class VersionDirectory:
             is_overwritten = current.version == version and current.manifest_digest != package.digest
             if not is_overwritten and any(switch.version == version for switch in current.switches):
                 return named
-            if package.step is not None and current.step is not None and package.step < current.step:
-                raise ExportError(
+            if current.is_later_than(package.step):
+                raise LaterStepError(
                     f"the current version, {current.version}, is of step {current.step:,}, and this one of step "
                     f"{package.step:,}. {self._say_way(where, version)}"
                 )
@@ -172,7 +175,7 @@ class VersionDirectory:
 
     def list_versions(self, where: str) -> list[Version]:
         """Return the versions of a directory, the last published first. ConfigError if it has none."""
-        current = self._require(where)
+        current, _ = self._require(where)
         packages = self._open(where).child(VERSIONS)
         return [
             Version(
@@ -181,6 +184,8 @@ class VersionDirectory:
                 last.step,
                 is_current=last.version == current.version,
                 is_there=packages.exists(f"{last.version}/{MANIFEST}"),
+                base=last.base,
+                has_base=last.base is None or bases.has_base(packages.child(last.version)),
             )
             for last in _last_switches(current)
         ]
@@ -192,10 +197,7 @@ class VersionDirectory:
             ConfigError: there is no such version.
             ExportError: another publisher was faster.
         """
-        current, raw = self._read(where)
-        if current is None:
-            self._require(where)
-        assert current is not None
+        current, raw = self._require(where)
         if version is None:
             before = [switch.version for switch in current.switches if switch.version != current.version]
             if not before:
@@ -209,7 +211,8 @@ class VersionDirectory:
             raise ConfigError(f"{package.url} is no package; the versions of {where} are {few(names)}")
         manifest = decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
         if lack := bases.find_lack(package):
-            names = [name for name in self._list_whole(where) if name != current.version]
+            there = [its for its in self.list_versions(where) if its.is_there and not its.is_current]
+            names = [its.name for its in there if its.has_base]
             others = f"Other versions of {where} are {few(names)}" if names else f"{where} has no other version"
             raise ConfigError(
                 f"{package.url} {lack}. {current.version} is still the current version; put the base back. {others}"
@@ -247,7 +250,8 @@ class VersionDirectory:
         data = msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
         if not directory.replace_if(CURRENT, data, expected=expected.encode() if expected else None):
             found, _ = self._read(where)
-            raise ExportError(
+            kind = LaterStepError if found is not None and found.is_later_than(step) else ExportError
+            raise kind(
                 f"{directory.describe(CURRENT)} has changed since this export began: the current version is "
                 f"{found.version if found else 'none'} now. {self._say_way(where, version)}"
             )
@@ -273,7 +277,7 @@ class VersionDirectory:
         if self._keep_versions is None:
             return
         directory = self._open(where)
-        for name in self._list_old(self._require(where)):
+        for name in self._list_old(self._require(where)[0]):
             try:
                 self._remove(directory, where, name)
             except OSError as error:
@@ -284,7 +288,7 @@ class VersionDirectory:
         manifest = f"{VERSIONS}/{name}/{MANIFEST}"
         content = directory.read(manifest) if directory.exists(manifest) else None
         directory.remove(manifest)
-        if name not in self._list_old(self._require(where)):  # somebody has gone back to it
+        if name not in self._list_old(self._require(where)[0]):  # somebody has gone back to it
             if content is not None:
                 directory.write(manifest, content)
             return
@@ -319,16 +323,11 @@ class VersionDirectory:
         is_version = found is not None and found[0].is_same(self._open(f"{where}/{VERSIONS}/{name}"))
         return name if is_version else entry.path
 
-    def _list_whole(self, where: str) -> list[str]:
-        """Return the versions that can be opened, as far as manifests tell."""
-        packages = self._open(where).child(VERSIONS)
-        return [found.name for found in self.list_versions(where) if not bases.find_lack(packages.child(found.name))]
-
-    def _require(self, where: str) -> Current:
-        current, _ = self._read(where)
+    def _require(self, where: str) -> tuple[Current, str]:
+        current, raw = self._read(where)
         if current is None:
-            raise ConfigError(f"{self._open(where).describe(CURRENT)} does not exist, so {where} has no versions")
-        return current
+            raise ConfigError(f"{self._open(where).describe(CURRENT)} does not exist, so no version is published")
+        return current, raw
 
     def _read(self, where: str) -> tuple[Current | None, str]:
         """Return ``current.json`` and its text; None and nothing if it does not exist. ConfigError if it is damaged."""

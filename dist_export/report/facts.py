@@ -243,6 +243,7 @@ def _describe_versions(found: FoundVersions | None) -> dict[str, Any] | None:
                 text
                 for text, is_true in (
                     ("current", version.is_current),
+                    (f"delta over {version.base}", version.base is not None),
                     ("this package", version.name == found.name),
                     ("removed", not version.is_there),
                 )

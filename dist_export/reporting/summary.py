@@ -21,40 +21,41 @@ from dist_export.transfer.work_done import Share
 
 
 def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[str]:
-    """Return the closing summary of an export as lines."""
-    lines = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
+    """Return the closing summary of an export as lines. What a compacted package has from its delta stands apart."""
+    head = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
+    source, found, notes = (
+        _say_source(manifest),
+        _say_found(manifest),
+        [f"  note     {note}" for note in manifest.notes],
+    )
+    tables = [] if manifest.mode == "dense_only" else _say_tables(manifest, shares)
+    ran = _say_run(manifest, shares)
+    if isinstance(manifest.compacted, msgspec.UnsetType):
+        return [*head, *source, *tables, *found, *ran, *notes]
+    delta, carried = manifest.compacted.delta.path, manifest.run.get("carried_notes", len(notes))
+    files = "files, " if "compare" in manifest.run.get("seconds", {}) else ""
+    return [
+        *head,
+        f"  made of  {delta} and its base {manifest.compacted.base.path}",
+        f"  checked  the {files}ids and numbers of rows of both with their manifests, and the written shards",
+        *(*tables, *ran, *notes[carried:]),
+        f"  carried over from {delta}, and not measured or compared again:",
+        *(f"  {line}" for line in (*source, *found, *notes[:carried])),
+    ]
+
+
+def _say_source(manifest: Manifest) -> list[str]:
     if manifest.source.format == "live":
-        lines.append("  source   the live model, in memory")
-    elif manifest.source.format != "none":
-        told_by = describe_format(manifest.source.format)
-        lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}{told_by}")
-    if manifest.compacted is not msgspec.UNSET:
-        lines.append(f"  made of  {manifest.compacted.delta.path} and its base {manifest.compacted.base.path}")
-    if manifest.mode != "dense_only":
-        lines += _say_tables(manifest, shares)
-    if manifest.account is not msgspec.UNSET:
-        lines.append(f"  account  {say_account(manifest.account)}")
-    if manifest.dropped_dense_tensors:
-        names = ", ".join(tensor.name for tensor in manifest.dropped_dense_tensors)
-        lines.append(f"  dropped  dense tensors {names}")
-    if manifest.dense is not None:
-        lines += _say_signature(manifest.dense)
-    lines += _say_scores(manifest)
-    for share in shares:
-        idle = " (it was tracing)" if share.num_units == 0 and share.rank == 0 and manifest.dense is not None else ""
-        helped = f" ({share.num_helped:,} of other ranks)" if share.num_helped else ""
-        did = f"{count(share.num_units, 'unit')}{helped}{idle}, {amount(share.num_bytes)}"
-        lines.append(f"  rank {share.rank}   {did} in {share.seconds:.2f} s")
-    timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
-    lines.append(f"  times    {timed}")
-    lines += [f"  note     {note}" for note in manifest.notes]
-    return lines
+        return ["  source   the live model, in memory"]
+    if manifest.source.format == "none":
+        return []
+    told_by = describe_format(manifest.source.format)
+    return [f"  source   {manifest.source.format} checkpoint {manifest.source.path}{told_by}"]
 
 
 def _say_tables(manifest: Manifest, shares: Sequence[Share]) -> list[str]:
-    """Return lines about the tables, and about how they came into the package."""
+    """Return lines about the tables that were written."""
     kept = sum(slot.num_bytes for table in manifest.tables for slot in table.kept)
-    dropped = sum(slot.num_bytes for table in manifest.tables for slot in table.dropped)
     rows = sum(table.rows_out for table in manifest.tables)
     seconds = max((share.seconds for share in shares), default=0.0)
     moved = sum(share.num_bytes for share in shares)
@@ -62,26 +63,58 @@ def _say_tables(manifest: Manifest, shares: Sequence[Share]) -> list[str]:
     where = f"{count(rows, 'row')} in {count(manifest.num_shards, 'shard')}"
     by_number = sum(table.is_hashed is False for table in manifest.tables)
     named = f" ({by_number} by row number)" if by_number else ""
-    lines = [
+    dropped = f", {_say_slots(manifest)}" if manifest.compacted is msgspec.UNSET else ""
+    return [
         f"  tables   {len(manifest.tables)}{named}, {where} ({manifest.mode}{speed})",
-        f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}",
-        *_delta(manifest),
-        *_views(manifest),
-        *_casts(manifest),
-        *(f"  dropped  {count(behind, 'row')} ({reason})" for reason, behind in _rows_dropped(manifest).items()),
+        f"  rows     kept {amount(kept)}{dropped}",
     ]
-    misplaced = sum(table.misplaced for table in manifest.tables)
-    if misplaced:
-        repaired = sum(table.repaired for table in manifest.tables)
-        rest = "" if repaired == misplaced else f", {misplaced - repaired:,} more were dropped"
-        lines.append(f"  repaired {repaired:,} rows lay in another shard's slice and were moved to their own{rest}")
+
+
+def _say_slots(manifest: Manifest) -> str:
+    dropped = sum(slot.num_bytes for table in manifest.tables for slot in table.dropped)
+    names = sorted({slot.name for table in manifest.tables for slot in table.dropped})
+    told = f" ({', '.join(names)})" if names else ""
+    return f"dropped {amount(dropped)}{told}"
+
+
+def _say_found(manifest: Manifest) -> list[str]:
+    """Return lines about what became of the source, and about the dense arch and its scores."""
+    lines = []
+    if manifest.mode != "dense_only":
+        lines += [f"  rows     {_say_slots(manifest)}"] if manifest.compacted is not msgspec.UNSET else _delta(manifest)
+        lines += [*_views(manifest), *_casts(manifest)]
+        lines += [f"  dropped  {count(rows, 'row')} ({reason})" for reason, rows in _rows_dropped(manifest).items()]
+        if misplaced := sum(table.misplaced for table in manifest.tables):
+            repaired = sum(table.repaired for table in manifest.tables)
+            rest = "" if repaired == misplaced else f", {misplaced - repaired:,} more were dropped"
+            lines.append(f"  repaired {repaired:,} rows lay in another shard's slice and were moved to their own{rest}")
+    if manifest.account is not msgspec.UNSET:
+        lines.append(f"  account  {say_account(manifest.account)}")
+    if manifest.dropped_dense_tensors:
+        names = ", ".join(tensor.name for tensor in manifest.dropped_dense_tensors)
+        lines.append(f"  dropped  dense tensors {names}")
+    if manifest.dense is not None:
+        lines += _say_signature(manifest.dense)
+    return [*lines, *_say_scores(manifest)]
+
+
+def _say_run(manifest: Manifest, shares: Sequence[Share]) -> list[str]:
+    """Return lines about the export itself."""
+    lines, is_traced = [], manifest.dense is not None and manifest.compacted is msgspec.UNSET
     if store := manifest.run.get("store"):
         lines.append(f"  store    {_say_traffic(store, manifest.source.path)}")
     if left := manifest.run.get("left_alone"):
-        lines.append(f"  left     {few(left)}: in export_dir, but not of this package")
+        place = "export_dir" if manifest.compacted is msgspec.UNSET else "OUT"
+        lines.append(f"  left     {few(left)}: in {place}, but not of this package")
     if reused := manifest.run.get("reused_shards"):
         lines.append(f"  resumed  {count(reused, 'shard')} of an interrupted export kept, for they were whole")
-    return lines
+    for share in shares:
+        idle = " (it was tracing)" if share.num_units == 0 and share.rank == 0 and is_traced else ""
+        helped = f" ({share.num_helped:,} of other ranks)" if share.num_helped else ""
+        did = f"{count(share.num_units, 'unit')}{helped}{idle}, {amount(share.num_bytes)}"
+        lines.append(f"  rank {share.rank}   {did} in {share.seconds:.2f} s")
+    timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
+    return [*lines, f"  times    {timed}"]
 
 
 def _delta(manifest: Manifest) -> list[str]:
@@ -154,14 +187,12 @@ def summarize_same(manifest: Manifest, where: str) -> list[str]:
         first,
         f"  already exported{f' at {when}' if when else ''}, with these settings from this source: nothing was written",
     ]
-    if manifest.dense is not None:
-        lines.append(
-            "  the model's code is not compared: if it has changed, overwrite: true or another export_dir exports it anew"
-        )
+    is_compacted = manifest.compacted is not msgspec.UNSET
+    way = "--overwrite true or another OUT writes" if is_compacted else "overwrite: true or another export_dir exports"
+    if manifest.dense is not None and not is_compacted:
+        lines.append(f"  the model's code is not compared: if it has changed, {way} it anew")
     if (version := manifest.versions.get("dist_export")) != VERSION:
-        lines.append(
-            f"  dist_export {version} exported it, and this is {VERSION}: overwrite: true or another export_dir exports it anew"
-        )
+        lines.append(f"  dist_export {version} exported it, and this is {VERSION}: {way} it anew")
     return [printable(line) for line in lines + rest]
 
 
@@ -282,8 +313,3 @@ def _rows_dropped(manifest: Manifest) -> dict[str, int]:
     for table in manifest.tables:
         rows.update(table.rows_dropped)
     return dict(sorted(rows.items()))
-
-
-def _dropped_names(manifest: Manifest) -> str:
-    names = sorted({slot.name for table in manifest.tables for slot in table.dropped})
-    return f" ({', '.join(names)})" if names else ""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.errors import DistExportError, PackageError
+from dist_export.errors import DistExportError, PackageError, WrongBaseError
 from dist_export.formats.deleted_ids import ID, SUFFIX, encode_deleted
 from dist_export.formats.delta_entries import DeletedIdsEntry, DeltaEntry
 from dist_export.manifest import MANIFEST, Manifest, TableEntry
@@ -45,10 +45,16 @@ class PieceCount(NamedTuple):
 
 
 def open_base(package: Package, given: Directory | None, report: Report) -> None:
-    """Open the base, and check what the manifests say of both, and the deleted ids. Adds findings. Rank 0."""
+    """Open the base, and check what the manifests say of both, and the deleted ids. Adds findings. Rank 0.
+
+    Raises:
+        WrongBaseError: ``given`` is not the base, which is no fault of the package.
+    """
     manifest = package.manifest
     try:
         package.open_base(given)
+    except WrongBaseError:
+        raise
     except PackageError as error:
         report.add(MANIFEST, "base", str(error))
     listed = {file.path for file in manifest.files}

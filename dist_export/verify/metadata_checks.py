@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dist_export.checkpoint.recis.model_pt import describe_dense_state
-from dist_export.errors import CheckpointError, DistExportError, PackageError, UserError
+from dist_export.errors import CheckpointError, DistExportError, PackageError, UserError, WrongBaseError
 from dist_export.formats.dtypes import I64
 from dist_export.formats.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.formats.row_encodings import U8
@@ -261,6 +261,8 @@ class Survey:
         """Run a check and return its result. If it raises because the directory is damaged, add a finding and return None."""
         try:
             return check()
+        except WrongBaseError:
+            raise
         except _DAMAGE as error:
             first = next(iter(str(error).strip().splitlines()), "")
             known = isinstance(error, DistExportError)

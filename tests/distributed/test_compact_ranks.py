@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from dist_export.pipeline.compact_command import OPTIONS, compact
-from dist_export.runtime.joining import join
+import dist_export
 from tests.integration.test_compact import compare
 from tests.integration.test_delta_export import change, export, save, state_of, tables_of
 from tests.support import dcp_writer
@@ -24,10 +23,7 @@ NAMES = ("1-3", "4-1", "2-3", "grown")
 def compact_all(_: int, folder: str, out: str) -> None:
     """Compact all deltas; any rank."""
     for name in NAMES:
-        arguments: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
-        arguments |= {"delta": f"{folder}/delta-{name}", "out": f"{out}/{name}", "threads": 2, "num_shards": 2}
-        with join(timeout_secs=60) as ranks:
-            compact(ranks, arguments)
+        dist_export.compact(f"{folder}/delta-{name}", f"{out}/{name}", threads=2, num_shards=2, timeout=60)
 
 
 @pytest.fixture(scope="module")

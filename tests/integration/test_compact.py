@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,8 @@ from dist_export.delta import replaced_rows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError, UserError
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline import compact as compacting
-from dist_export.pipeline.compact_command import OPTIONS, compact
 from dist_export.pipeline.compacted_package import account_for_bytes
 from dist_export.registry.versions import VersionDirectory
-from dist_export.runtime.joining import alone
 from dist_export.verify.verify import verify
 from tests.integration import test_delta_scores
 from tests.integration.test_delta_export import SETTINGS, change, export, save, state_of, tables_of
@@ -47,8 +46,7 @@ OF_TABLE = (
 
 def make(delta: Path, out: Path, **arguments: Any) -> Path:
     """Compact on this one rank."""
-    defaults = {name: option.default for name, option in OPTIONS.items()}
-    compact(alone(), {**defaults, "progress": False, "delta": str(delta), "out": str(out), **arguments})
+    dist_export.compact(delta, out, progress=False, **arguments)
     return out
 
 
@@ -214,6 +212,10 @@ def test_digests(sources, packages: Path, tmp_path: Path, digest: str) -> None:
     base = export(sources[0], tmp_path / "base", digest="sha256")
     delta = export(sources[1], tmp_path / "delta", num_shards=3, base=str(base), digest=digest)
     made = make(delta, tmp_path / "made", digest=digest)
+    with dist_export.open_package(made) as package:
+        own = str(package.manifest).partition("  carried over from ")[0]
+    assert ("  checked  the files, ids and " in own) == (digest == "sha256")
+    assert ("  note     with digest: none the files of delta" in own) == (digest == "none")
     assert read_package(made) == read_package(packages / "full")
     assert any("digest" in note for note in manifest_of(made)["notes"]) == (digest == "none")
     assert verify(str(made)).findings == []
@@ -244,6 +246,14 @@ def test_a_package_with_a_model_scores_as_the_full_export(tmp_path: Path) -> Non
     for name in ("dense", "parity", "drift", "score", "serving", "account"):
         assert ours.get(name) == of_delta.get(name) or name == "account", name
     assert ours["account"] == manifest_of(tmp_path / "full")["account"]
+    with dist_export.open_package(made) as package:
+        own, carried = str(package.manifest).split(
+            f"  carried over from {tmp_path / 'delta'}, and not measured or compared"
+        )
+    for name in ("parity", "scores", "program", "drift", "inputs", "account", "source"):
+        assert f"  {name} " in carried
+        assert f"  {name} " not in own
+    assert "(it was tracing)" not in own
     for folder in ("fx_user_model", "score_program"):
         of_delta = {path.relative_to(tmp_path / "delta"): path for path in (tmp_path / "delta" / folder).rglob("*.*")}
         assert of_delta
@@ -287,6 +297,28 @@ def test_the_same_again_writes_nothing_and_another_package_is_refused(packages: 
             make(tmp_path / "delta", tmp_path / overwritten, base=str(tmp_path / "base"), overwrite=True)
     assert make(packages / "delta", tmp_path / "full", overwrite=True)
     assert "compacted" in manifest_of(tmp_path / "full")
+
+
+def test_messages_have_the_words_of_the_command(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """No setting of an export is named, and a path that is called like one stays."""
+    out = shutil.copytree(packages / "full", tmp_path / "export_dir")
+    for arguments, text in (
+        ([str(out)], f"{out}/manifest.json is there already: OUT holds a committed package. "),
+        ([str(out)], "Set --overwrite true to replace it, or give another OUT, or remove the old package first"),
+        ([str(out / MANIFEST)], f"OUT {out}/manifest.json is a file"),
+        ([str(packages / "delta"), "--overwrite", "true"], "OUT is DELTA"),
+        ([str(packages / "base"), "--overwrite", "true"], "give another OUT"),
+    ):
+        assert cli.main(["compact", str(packages / "delta"), *arguments]) == 2
+        assert text in capsys.readouterr().err
+    assert cli.main(["compact", "--help"]) == 0
+    assert not re.search(r"export_dir|ckpt_dir|interrupted export", capsys.readouterr().out)
+    made = make(packages / "delta", tmp_path / "made")
+    edit(made, lambda document: document["versions"].update(dist_export="0.0"))
+    assert cli.main(["compact", str(packages / "delta"), str(made)]) == 0
+    told = capsys.readouterr().out
+    assert "--overwrite true or another OUT writes it anew" in told
+    assert not re.search(r"export_dir|overwrite:", told)
 
 
 def test_a_version_takes_the_place_of_its_delta(tmp_path: Path) -> None:
@@ -391,6 +423,29 @@ def test_the_command_line(packages: Path, tmp_path: Path, capsys: pytest.Capture
     compare(tmp_path / "made", packages / "full")
     assert cli.main(["compact", "--help"]) == 0
     assert "--num_shards" in capsys.readouterr().out
+
+
+def test_the_function(packages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "dist_export"):
+        found = dist_export.compact(packages / "delta", tmp_path / "made", base=packages / "base", num_shards=3)
+    compare(tmp_path / "made", packages / "full")
+    assert found.digest == manifest_of(tmp_path / "made")["digest"]
+    assert f"  made of  {packages / 'delta'} and its base {packages / 'base'}" in caplog.messages
+    caplog.clear()
+    with caplog.at_level("INFO", "dist_export"):
+        assert dist_export.compact(packages / "delta", tmp_path / "two", num_shards=2, progress=False).num_shards == 2
+    assert not any("made of" in message for message in caplog.messages)
+    for options, text in (
+        ({"dtype": "float16"}, "compact has no option 'dtype'; its options are base, num_shards, overwrite"),
+        ({"threads": "many"}, "threads"),
+        ({"num_shards": 0}, "num_shards is 0"),
+        ({"base": packages / "full"}, "is another package"),
+        ({"digest": "sha256"}, "give another OUT"),
+    ):
+        out = tmp_path / ("made" if "digest" in options else "none")
+        with pytest.raises(UserError, match=text):
+            dist_export.compact(packages / "delta", out, **options)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("seed", range(6))

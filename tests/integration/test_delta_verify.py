@@ -241,10 +241,34 @@ def test_a_base_that_is_not_there_is_a_finding_and_the_rest_is_checked(delta: Pa
 def test_a_base_may_be_given_to_verify(delta: Path, written: Deltas, capsys: pytest.CaptureFixture[str]) -> None:
     edit(delta, lambda document: document["base"].update(path="/nowhere/base"))
     assert main(["verify", str(delta), "--base", str(written.base)]) == 0
-    assert main(["verify", str(delta), "--base", str(delta)]) == 1
     capsys.readouterr()
     assert main(["verify", str(written.base), "--base", str(written.base)]) == 2
     assert "is no delta package, so it has no base; leave base out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", ["delta", "full", "none", "damaged"])
+def test_a_wrong_base_is_the_same_mistake_of_the_user_for_all_commands(
+    base: str, delta: Path, written: Deltas, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line and exit code 2. A base that is not there, and was not given, is what the package lacks."""
+    write_full(tmp_path / "full", NEW, num_shards=1)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / MANIFEST).write_text("{")
+    given, other, out = str(tmp_path / base), str(written.base), str(tmp_path / "out")
+    commands = {
+        "verify": [str(delta), "--base", given],
+        "serve": [str(delta), "--base", given, "--port", "0"],
+        "score": [str(delta), "--base", given, "--input", "in.npz", "--output", out],
+        "report": [str(delta), "--base", given, "--out", f"{out}.html"],
+        "compact": [str(delta), out, "--base", given],
+        "diff": [str(delta), other, "--base_a", given],
+    }
+    for command, arguments in commands.items():
+        capsys.readouterr()
+        assert main([command, *arguments]) == 2, command
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"dist_export: {delta} is a delta package of {other}, and needs that base"), command
+        assert line.endswith("To read the delta, give the right base"), command
 
 
 def test_a_damaged_row_index_of_the_base_is_a_finding(written: Deltas, tmp_path: Path) -> None:

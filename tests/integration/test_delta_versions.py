@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,39 @@ def test_no_rollback_to_a_delta_whose_base_is_gone(sources, where: Path, capsys:
         assert line.endswith(f"Other versions of {where} are {first.name}")
         assert (where / "current.json").read_bytes() == before
     assert cli.main(["rollback", str(where), first.name]) == 0
+
+
+def test_the_list_says_what_is_a_delta_and_over_what(sources, where: Path, tmp_path: Path, capsys) -> None:
+    base, delta = publish(sources[0], where), publish(sources[1], where)
+    elsewhere = export(sources[0], tmp_path / "elsewhere")
+    other = publish(sources[1], where, base=str(elsewhere), num_shards=3)
+
+    def listed() -> tuple[list[str], list[tuple[Any, ...]]]:
+        capsys.readouterr()
+        assert cli.main(["versions", str(where)]) == 0
+        lines = [line.rpartition("Z  ")[2] for line in capsys.readouterr().out.splitlines()]
+        assert cli.main(["versions", str(where), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return lines, [(its["name"], its["kind"], its["base"], its["has_base"]) for its in found]
+
+    lines, found = listed()
+    assert lines == [f"delta over {elsewhere}", f"delta over {base.name}", "full"]
+    assert [its[0] for its in found] == [other.name, delta.name, base.name]
+    assert [its[1:] for its in found] == [
+        ("delta", str(elsewhere), True),
+        ("delta", base.name, True),
+        ("full", None, True),
+    ]
+    shutil.rmtree(base)
+    (elsewhere / "manifest.json").unlink()
+    (elsewhere / "manifest.json").mkdir()
+    lines, found = listed()
+    assert lines == [
+        f"delta over {elsewhere}, which cannot be read",
+        f"delta over {base.name}, which is gone",
+        "full  removed",
+    ]
+    assert [its[3] for its in found] == [None, False, True]
 
 
 def test_a_base_that_is_moved_with_its_deltas_is_there(sources, where: Path, tmp_path: Path) -> None:

@@ -188,14 +188,21 @@ class Before(NormBetween):
         return self.dense_arch(self.sparse_arch({**batch, "user": self.others[batch["user"]]}))
 
 
-def test_what_forward_does_before_the_sparse_arch_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    export(tmp_path, Before().state_dict(), Before(), overwrite=True, score_program="off")
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": {"*": "float16"}}, {"prune": [{"tables": "*", "norm_at_most": 1.0}]}]
+)
+def test_what_forward_does_before_the_sparse_arch_is_refused_before_anything_is_written(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Also where a setting changes rows, so that scores differ anyway."""
+    settings = {"score_program": "off", "overwrite": True, "to_hash_tables": ["*"], **settings}
+    export(tmp_path, Before().state_dict(), Before(), **settings)
     trained = Before()
     trained.others += 1
     trained.others %= models.ROWS
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     with pytest.raises(ModelError, match=r"gives other values of 'block' than sparse_arch\(batch\) does: .* Do within"):
-        export(tmp_path, trained.state_dict(), Before(), overwrite=True, score_program="off")
+        export(tmp_path, trained.state_dict(), Before(), **settings)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 

@@ -13,7 +13,7 @@ import dist_export
 from dist_export import cli
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, ExportError
-from dist_export.registry.base import Registered
+from dist_export.registry.base import LaterStepError, Registered
 from dist_export.registry.versions import VersionDirectory, parse
 from dist_export.storage.local_directory import LocalDirectory
 from dist_export.storage.urls import open_directory
@@ -104,6 +104,8 @@ def test_a_version_of_an_earlier_step_is_whole_and_not_current(run: Path, tmp_pa
     ) as told:
         publish(run, where, 20)
     assert told.value.exit_code == 1
+    assert "Run the same export again" not in str(told.value)
+    assert str(told.value).endswith("current all the same. The same export again would be refused, too")
     assert (where / "current.json").read_bytes() == before
     (late,) = [folder.name for folder in (where / "versions").iterdir() if folder.name.startswith("20-")]
     assert VersionDirectory().rollback(str(where), late) == late
@@ -116,7 +118,7 @@ def registered(where: Path, name: str, **more: Any) -> Registered:
     return Registered(directory, "", f"xxh3:{name}", (), (), {}, **more)
 
 
-def test_of_two_publishers_one_wins_and_the_other_says_so(tmp_path: Path) -> None:
+def test_of_two_publishers_one_wins_and_the_other_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri, registry = f"versions:{tmp_path}", VersionDirectory()
     registry.register(uri, registered(tmp_path, "old"))
     seen = registry.look(uri)
@@ -124,6 +126,16 @@ def test_of_two_publishers_one_wins_and_the_other_says_so(tmp_path: Path) -> Non
     with pytest.raises(ExportError, match=r"current.json has changed since this export began: .* is\s+fast now"):
         registry.register(uri, registered(tmp_path, "slow", seen=seen))
     assert registry.resolve(uri).uri == f"versions:{tmp_path}@fast"
+    first, seen, switch = registered(tmp_path, "first", step=5), registry.look(uri), VersionDirectory._switch
+
+    def be_late(*arguments: Any, **more: Any) -> None:
+        monkeypatch.setattr(VersionDirectory, "_switch", switch)
+        registry.register(uri, registered(tmp_path, "later", step=9, seen=seen))
+        switch(*arguments, **more)
+
+    monkeypatch.setattr(VersionDirectory, "_switch", be_late)
+    with pytest.raises(LaterStepError, match="has changed since this export began"):
+        registry.register(uri, first._replace(seen=seen))
 
 
 def test_the_first_of_two_that_see_an_empty_directory_wins(tmp_path: Path) -> None:
@@ -265,15 +277,16 @@ def test_rollback_without_a_name_takes_the_one_before(run: Path, tmp_path: Path,
     assert cli.main(["versions", str(where)]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0].split()[:2] == ["*", newest]
-    assert [line.partition("step ")[2] for line in lines] == ["100", "20", "5"]
+    assert [line.partition("step ")[2] for line in lines] == ["100  full", "20  full", "5  full"]
+    assert lines[0].split()[2:4] == ["published", f"{current_of(where)['created_at'][:19]}Z"]
     assert cli.main(["versions", f"versions:{where}", "--json"]) == 0
     assert [it["is_current"] for it in json.loads(capsys.readouterr().out)] == [True, False, False]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for argv, told in {
-        ("versions", str(tmp_path)): "has no versions",
-        ("rollback", str(tmp_path)): "has no versions",
+        ("versions", str(tmp_path)): "so no version is published",
+        ("rollback", str(tmp_path)): "so no version is published",
         ("rollback",): "which path? Usage: dist_export rollback DIR [VERSION]",
         ("verify", f"versions:{tmp_path}"): "so no version is published",
         ("verify", "versions:"): "give versions:DIRECTORY",

@@ -6,7 +6,6 @@ loses nothing and makes the row one of ``int8_rowwise``.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from dist_export.errors import CheckpointError, ConfigError
 from dist_export.formats.row_encodings import TAIL_BYTES
 from dist_export.redact import first_line
 from dist_export.storage.directory import Directory
-from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.range_file import RangeFile
 
 FLOAT, QUANTIZED = "float32", "uint8"
 """The kinds of rows."""
@@ -62,7 +61,7 @@ def read_batches(directory: Directory, file: DumpFile) -> Iterator[Batch]:
     size = directory.stat(file.path).size
     with directory.open_reader(file.path) as reader:
         try:
-            opened = parquet.ParquetFile(_Stream(reader, size), buffer_size=_BUFFER_BYTES, pre_buffer=False)
+            opened = parquet.ParquetFile(RangeFile(reader, 0, size), buffer_size=_BUFFER_BYTES, pre_buffer=False)
             kind = _check_schema(opened.schema_arrow, where)
             for batch in opened.iter_batches(_BATCH_ROWS, columns=list(_COLUMNS), use_threads=False):
                 _check_origin(batch, file, where)
@@ -73,37 +72,6 @@ def read_batches(directory: Directory, file: DumpFile) -> Iterator[Batch]:
             raise CheckpointError(
                 f"{where} is no parquet file that can be read: {first_line(error)}. Copy the dump again"
             ) from error
-
-
-class _Stream(io.RawIOBase):
-    """A file of a directory as pyarrow reads one."""
-
-    def __init__(self, reader: RangeReader, size: int) -> None:
-        super().__init__()
-        self._reader = reader
-        self._size = size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, min(len(view), self._size - self._position))]
-        if len(view):
-            self._reader.read_into(view, self._position)
-            self._position += len(view)
-        return len(view)
 
 
 def _check_schema(schema: Any, where: str) -> str:

@@ -246,3 +246,7 @@ def test_a_root_that_a_note_offers_is_one_that_state_root_takes(outer: str, is_f
     taken = choose(members, root)
     assert set(taken.names) == set(state.left_out)
     assert set(taken.names.values()) == set(MODEL)
+    if outer:
+        with pytest.raises(UnaskedError) as refused:
+            choose(members, "ema_model")
+        assert str(refused.value).endswith(f"; there are {root} ({len(MODEL)} tensors); set state_root to one of them")

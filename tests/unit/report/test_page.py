@@ -208,12 +208,12 @@ def test_parity_and_drift_are_by_output() -> None:
 
 def test_versions_say_which_is_current_and_which_is_this_one() -> None:
     listed = [
-        Version("b", "2026-11-30T08:00:00.5+00:00", 9, is_current=True, is_there=True),
+        Version("b", "2026-11-30T08:00:00.5+00:00", 9, is_current=True, is_there=True, base="a", has_base=False),
         Version("a", "2026-11-29T08:00:00", None, is_current=False, is_there=False),
     ]
     found = facts_of(manifest_of([]), versions=FoundVersions("/pub", "b", listed))["versions"]
     assert found["rows"] == [
-        ["b", "2026-11-30T08:00:00Z", "9", "current, this package"],
+        ["b", "2026-11-30T08:00:00Z", "9", "current, delta over a, this package"],
         ["a", "2026-11-29T08:00:00Z", "", "removed"],
     ]
     damaged = facts_of(manifest_of([]), versions=FoundVersions("/pub", "b", [], "current.json is damaged"))["versions"]
