@@ -41,7 +41,6 @@ from dist_export.formats.package_entries import (
     ScoreEntry,
     ScoreParityEntry,
     SlotEntry,
-    SourceEntry,
     TableEntry,
     TensorEntry,
 )
@@ -54,6 +53,7 @@ from dist_export.formats.serving_entries import (
     ServingEntry,
     TransformEntry,
 )
+from dist_export.formats.source_entry import SourceEntry
 from dist_export.formats.strict_json import decode_object
 
 __all__ = [

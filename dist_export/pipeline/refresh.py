@@ -31,7 +31,7 @@ from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import ModelError, PlanError
 from dist_export.formats.strict_json import decode_object
 from dist_export.humanize import few
-from dist_export.manifest import BaseEntry, DenseEntry, DriftEntry, Manifest, ServingEntry, TableEntry
+from dist_export.manifest import BaseEntry, DenseEntry, DriftEntry, Manifest, ServingEntry, SourceEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.package.serving_fit import find_misfits
 from dist_export.pipeline.planning import describe_source_rows, plan_sparse
@@ -87,12 +87,17 @@ def compare_tables(ranks: Ranks, base: Package, checkpoint: Checkpoint | None) -
             raise _misfit(base, reason)
 
     ranks.run("compare the tables with the base", compare)
-    source = manifest.source
-    of_step = "" if source.step is msgspec.UNSET else f" (step {source.step:,})"
     return (
-        f"the tables are those of the base {_path_of(base)}, exported from {source.path}{of_step}, older than the dense part; "
+        f"the tables are those of the base {_path_of(base)}, {_say_rows(manifest.source)}, older than the dense part; "
         "scores were compared with the model on rows of the base, and not with scores on the rows of the checkpoint"
     )
+
+
+def _say_rows(source: SourceEntry) -> str:
+    """Return whose rows a base has; if it had a new dense part alone, not those of the checkpoint that it names."""
+    if source.other_rows:
+        return f"with {source.other_rows}"
+    return f"exported from {source.path}" + ("" if source.dense_step is None else f" (step {source.dense_step:,})")
 
 
 def _refuse_collisions(model: Any) -> None:
@@ -131,7 +136,12 @@ def describe_refresh(manifest: Manifest, base: Package) -> Manifest:
     drift = None if manifest.drift is None else DriftEntry(batches=0, rows=0, outputs={}, not_measured=NOT_MEASURED)
     assert isinstance(manifest.base, BaseEntry)
     entry = msgspec.structs.replace(manifest.base, dense_only=True)
-    return msgspec.structs.replace(manifest, base=entry, left_out_tables=base.manifest.left_out_tables, drift=drift)
+    source, rows_step = manifest.source, base.manifest.source.step_of_rows
+    if rows_step != source.dense_step:
+        source = msgspec.structs.replace(source, rows_step=rows_step)
+    return msgspec.structs.replace(
+        manifest, source=source, base=entry, left_out_tables=base.manifest.left_out_tables, drift=drift
+    )
 
 
 # ---- what the dense part takes and gives ----
