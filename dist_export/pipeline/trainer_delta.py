@@ -28,9 +28,14 @@ def is_trainer_delta(config: ExportConfig) -> bool:
 
 def find_dumps(config: ExportConfig, url: str) -> FoundCheckpoint:
     """Return the directory of dumps and the last step that is taken of it. One rank; reads names alone. CheckpointError."""
-    directory = open_place(url, config.storage_options, follow_links=config.follow_links)
-    steps = [file.step for file in _list(directory) if config.until_step is None or file.step <= config.until_step]
+    steps = [step for step in list_steps(config, url) if config.until_step is None or step <= config.until_step]
     return FoundCheckpoint(url, max(steps, default=config.until_step), ())
+
+
+def list_steps(config: ExportConfig, url: str) -> tuple[int, ...]:
+    """Return all steps of a directory of dumps, in order. One rank; reads names alone. CheckpointError."""
+    directory = open_place(url, config.storage_options, follow_links=config.follow_links)
+    return tuple(sorted({file.step for file in _list(directory)}))
 
 
 def stat_dumps(directory: Directory) -> dict[str, FileStat]:

@@ -120,3 +120,23 @@ def test_rows_of_which_no_step_is_known(training: Training, tmp_path: Path) -> N
         training.export_dumps(tmp_path / "none", tmp_path / "made")
     training.export_dumps(tmp_path / "delta", tmp_path / "made", since_step=100)
     assert manifest_of(tmp_path / "delta")["source"]["steps"] == [120, 180]
+
+
+def test_dumps_do_not_take_back_the_dense_part_of_the_current_version(training: Training, tmp_path: Path) -> None:
+    """Neither that of a checkpoint's delta nor that of a refresh; a full package made of that is a base."""
+    versions, publish = f"versions:{tmp_path / 'pub'}", {"publish": str(tmp_path / "pub")}
+    training.export(100, None, **publish)
+    training.export(150, None, base="latest", need_export_sparse=False, **publish)
+    before = (tmp_path / "pub" / "current.json").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"has a dense part of step 150, and that of the base, .*, is of step 100"
+    ) as told:
+        training.export_dumps(None, "latest", **publish)
+    assert f"`dist_export compact {versions} {versions}`, and give base: latest" in str(told.value)
+    assert (tmp_path / "pub" / "current.json").read_bytes() == before
+    assert cli.main(["compact", versions, versions, "--progress", "false"]) == 0
+    training.export_dumps(None, "latest", **publish)
+    assert np.array_equal(rows_of(versions), training.rows)
+    (full,) = [path.name for path in (tmp_path / "pub" / "versions").iterdir() if path.name.startswith("100-")]
+    with pytest.raises(ConfigError, match=r"has a dense part of step 150, .* is of step 100"):
+        training.export_dumps(None, f"{versions}@{full}", **publish)
