@@ -179,6 +179,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """
         return next((file.path for file in self.files if not file.digest), "")
 
+    def list_older_slots(self) -> list[str]:
+        """Return ``table.slot`` of each slot that a delta did not compare, if rows have its values in the base."""
+        found = []
+        for table in self.tables:
+            ignored = table.delta.ignored_slots if isinstance(table.delta, DeltaEntry) and table.delta.same else ()
+            names = () if isinstance(ignored, msgspec.UnsetType) else ignored
+            found += [
+                f"{table.name}.{slot.name}" for slot in table.kept if slot.is_ignored is True or slot.name in names
+            ]
+        return found
+
     def __str__(self) -> str:
         """Return the closing summary of the export."""
         from dist_export.reporting.summary import (

@@ -145,6 +145,7 @@ def _carry_slot(slot: SlotEntry, column: int) -> SlotMeta:
         column=column,
         encoding="" if slot.encoding is msgspec.UNSET else slot.encoding,
         earlier_casts=slot.casts,
+        is_ignored=slot.is_ignored is True,
     )
 
 

@@ -50,6 +50,9 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     earlier_casts: tuple[CastEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     """If the source is a package: the earlier casts of its rows, oldest first, each over the rows of that time. Their errors
     are not in ``cast``, which starts from their result."""
+    is_ignored: bool | msgspec.UnsetType = msgspec.UNSET
+    """True if a delta did not compare the slot (``delta_ignore_slots``), and ``compact`` took rows of its base: in these rows it
+    has the values of the base, and not those of the source. Else absent."""
 
     @property
     def casts(self) -> tuple[CastEntry, ...]:
