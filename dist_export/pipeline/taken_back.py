@@ -13,6 +13,7 @@ import msgspec
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
 from dist_export.errors import ConfigError
+from dist_export.humanize import count
 from dist_export.manifest import BaseEntry, DeltaEntry, Manifest
 from dist_export.registry import base as registries
 from dist_export.registry import bases
@@ -137,7 +138,7 @@ def _find_rows(dumps: Dumps, base: Manifest, later: Later) -> str:
     if not is_on_base:
         return f"{has}, of which no dump tells all that changed"
     if deleted := sum(its.deleted for its in accounts):
-        return f"deletes {deleted:,} rows of the base, which no dump does"
+        return f"deletes {count(deleted, 'row')} of the base, which no dump does"
     if step is None:
         return f"{has}, so nobody knows which dumps have its rows"
     return _find_gap(dumps, mine, step, has)
