@@ -154,6 +154,11 @@ class Other(models.ThreeTables):
             return {**blocks, "price": blocks["price"].expand(-1, 2)}
         if self.how == "columns":
             return {**blocks, "user": blocks["clicks"], "clicks": blocks["user"]}
+        if self.how == "pooling":
+            ids = batch["clicks"]
+            return {**blocks, "clicks": (self.clicks(ids) * (ids != 0).unsqueeze(-1)).sum(1)}
+        if self.how == "ids":
+            return {**blocks, "user": self.user((batch["user"] + 1) % models.ROWS)}
         return blocks
 
 
@@ -184,6 +189,8 @@ def other(how: str) -> nn.Module:
         ("dtype", r"input 'price' is float64 \[batch, 1\], and float32 \[batch, 1\] in the base"),
         ("shape", r"input 'price' is float32 \[batch, 2\], and float32 \[batch, 1\] in the base"),
         ("columns", "of input 'clicks', columns 0 to 3 are of 'user', and number 1 of the base is of 'clicks'"),
+        ("pooling", 'feature \'clicks\' has the pooling "sum", and "mean" in the base'),
+        ("ids", r"feature 'user' has the transforms of ids \[.*\], and none in the base"),
         ("output", "the outputs lack 'ctr', which the base has"),
         ("outputs", "the outputs have 'more', which the base lacks"),
     ],
