@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.model_weights import ModelWeights, is_below
 from dist_export.config.schema import ExportConfig
 from dist_export.delta.carried_tables import (
     account_carried,
     carry_tables,
     find_other_table,
+    name_in_source,
     settings_of,
 )
 from dist_export.delta.signature import (
@@ -59,12 +61,14 @@ def plan_carried(export: ExportState) -> ExportState:
 
     Raises:
         PlanError: the base has no dense arch, or other tables than the checkpoint.
+        ModelError: the model maps raw ids to rows, or its dense arch has a table as its own weight.
     """
     task, base, checkpoint = export.task, export.base, export.source.checkpoint
     assert base is not None
     with task.reporter.stage("plan"):
         note = compare_tables(task.ranks, base, checkpoint)
         task.ranks.run("look for managed collisions", lambda: _refuse_collisions(task.objects.model))
+        task.ranks.run("look for tied weights", lambda: _refuse_ties(task.weights, base.manifest))
         carried = carry_tables(base.manifest, base.directory, checkpoint)
         planned = plan_sparse(task.ranks, carried, settings_for(task.config, base), world_size=task.ranks.world_size)
     return export.grown(planned=planned, notes=[note])
@@ -110,6 +114,19 @@ def _refuse_collisions(model: Any) -> None:
             f"{path} maps raw ids to rows of a table, by now to others than when the base was exported, and with "
             "need_export_sparse: false the rows stay those of the base. Nothing was written; export the tables too"
         )
+
+
+def _refuse_ties(weights: ModelWeights | None, base: Manifest) -> None:
+    """Refuse a dense arch that shares a table's weight: it would have the checkpoint's, and lookups the base's. ModelError."""
+    tables = {name_in_source(table) for table in base.tables}
+    for names in sorted(() if weights is None else weights.ties):
+        assert weights is not None
+        own = [name for name in names if is_below(name, weights.dense_name)]
+        if own and (tied := [name for name in names if name in tables and name not in own]):
+            raise ModelError(
+                f"{own[0]} of the dense arch is the weight of table {tied[0]!r}, and with need_export_sparse: false the dense "
+                "arch would have that of the checkpoint, and lookups that of the base. Nothing was written; export the tables too"
+            )
 
 
 def describe_sample_rows(export: ExportState) -> SourceRows | None:

@@ -343,6 +343,35 @@ def test_a_model_that_maps_raw_ids_is_refused(checkpoints, tmp_path: Path) -> No
     assert not (tmp_path / "delta").exists()
 
 
+def test_a_dense_arch_that_shares_the_weight_of_a_table_is_refused(tmp_path: Path) -> None:
+    """The program would have the checkpoint's weight, and lookups the base's rows."""
+
+    def tied() -> nn.Module:
+        model = build()
+        model.dense_arch = TiedHead(3 * models.DIM + 1)
+        model.dense_arch.items.weight = model.sparse_arch.user.weight
+        return model
+
+    model = models.train(tied())
+    before = models.save(model, tmp_path / "before.pth")
+    after = models.save(train_on(model), tmp_path / "after.pth")
+    export(before, tmp_path / "base", tied())
+    told = r"dense_arch\.items\.weight of the dense arch is the weight of table 'sparse_arch\.user\.weight', .* Nothing was"
+    with pytest.raises(ModelError, match=told):
+        refresh(after, tmp_path / "delta", tmp_path / "base", model=tied())
+    assert not (tmp_path / "delta").exists()
+
+
+class TiedHead(models.Head):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.items = nn.Linear(models.DIM, models.ROWS, bias=False)
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = self.items(blocks["user"])
+        return {"items": logits, **super().forward(blocks)}
+
+
 def test_a_run_that_ended_before_the_commit_is_completed(checkpoints, tmp_path: Path, monkeypatch) -> None:
     before, after = checkpoints
     export(before, tmp_path / "base")
