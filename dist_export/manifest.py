@@ -41,7 +41,6 @@ from dist_export.formats.package_entries import (
     ScoreEntry,
     ScoreParityEntry,
     SlotEntry,
-    SourceEntry,
     TableEntry,
     TensorEntry,
 )
@@ -54,6 +53,7 @@ from dist_export.formats.serving_entries import (
     ServingEntry,
     TransformEntry,
 )
+from dist_export.formats.source_entry import SourceEntry
 from dist_export.formats.strict_json import decode_object
 
 __all__ = [
@@ -178,6 +178,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         With such a file the manifest's digest does not tell the package from others.
         """
         return next((file.path for file in self.files if not file.digest), "")
+
+    def list_older_slots(self) -> list[str]:
+        """Return ``table.slot`` of each slot that a delta did not compare, if rows have its values in the base."""
+        found = []
+        for table in self.tables:
+            ignored = table.delta.ignored_slots if isinstance(table.delta, DeltaEntry) and table.delta.same else ()
+            names = () if isinstance(ignored, msgspec.UnsetType) else ignored
+            found += [
+                f"{table.name}.{slot.name}" for slot in table.kept if slot.is_ignored is True or slot.name in names
+            ]
+        return found
 
     def __str__(self) -> str:
         """Return the closing summary of the export."""

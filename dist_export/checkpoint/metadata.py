@@ -185,6 +185,8 @@ class SlotMeta:
     """How a row is packed where it is not plain values, as ``layout.encodings`` names it: of slots as written and of packages."""
     earlier_casts: tuple[CastEntry, ...] = ()
     """Of a package: the casts that its rows have gone through, oldest first."""
+    is_ignored: bool = False
+    """Of a package: whether some rows have older values, as :attr:`~dist_export.manifest.SlotEntry.is_ignored` says."""
 
     @property
     def values_shape(self) -> tuple[int, ...]:

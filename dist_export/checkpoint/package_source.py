@@ -39,7 +39,9 @@ def find_package(directory: Directory) -> Manifest | None:
         return None
     # an encoding and what casts took are told by no shard, and a copy of a package has them too
     is_needed = manifest.mode == "filter" or any(
-        slot.encoding is not msgspec.UNSET or slot.casts for table in manifest.tables for slot in table.kept
+        slot.encoding is not msgspec.UNSET or slot.casts or slot.is_ignored is True
+        for table in manifest.tables
+        for slot in table.kept
     )
     return manifest if is_needed else None
 
@@ -134,6 +136,13 @@ class PackageSource:
             for slot in table.kept
             if slot.casts or slot.encoding is not msgspec.UNSET
         ]
+        notes += [
+            f"{where}: slot {slot.name!r} of table {table.name!r} was not compared when a delta was made, so rows that stayed "
+            "have older values of it"
+            for table in self._manifest.tables
+            for slot in table.kept
+            if slot.is_ignored is True
+        ]
         if foreign:
             notes.append(f"{where} is a package, and these files are no part of it: {few(foreign)}; they are not read")
         return notes
@@ -177,7 +186,9 @@ def _with_entry(table: TableMeta, entry: TableEntry | None, where: str) -> Table
     slots = []
     for slot in table.slots:
         known = next((its for its in entry.kept if its.name == slot.name), None)
-        packed = slot if known is None else replace(slot, earlier_casts=known.casts)
+        packed = (
+            slot if known is None else replace(slot, earlier_casts=known.casts, is_ignored=known.is_ignored is True)
+        )
         if known is not None and known.encoding is not msgspec.UNSET:
             packed = replace(packed, encoding=known.encoding)
             if slot.dtype != U8 or len(slot.inner_shape) != 1 or packed.values_shape != (known.dim,):

@@ -351,6 +351,7 @@ def _describe_slot(slot: SlotMeta, rows: int, reason: str = "") -> SlotEntry:
         encoding=slot.encoding or msgspec.UNSET,
         dim=slot.row_bytes - TAIL_BYTES if slot.encoding else msgspec.UNSET,
         earlier_casts=slot.earlier_casts or msgspec.UNSET,
+        is_ignored=slot.is_ignored or msgspec.UNSET,
     )
 
 

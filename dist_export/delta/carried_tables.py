@@ -52,15 +52,15 @@ def carry_tables(base: Manifest, directory: Directory, source: Checkpoint | None
 
 def settings_of(base: Manifest) -> dict[str, Any]:
     """Return the settings of tables that a base was written with, as far as they name and keep what it has."""
-    kept = [(_name_of(table), slot.name) for table in base.tables for slot in table.kept]
+    kept = [(name_in_source(table), slot.name) for table in base.tables for slot in table.kept]
     renamed = [table for table in base.tables if table.source_name is not msgspec.UNSET]
     return {
         "keep_slots": [
             f"{glob.escape(table)}.{glob.escape(slot)}" for table, slot in kept if slot not in (ID_SLOT, EMBEDDING_SLOT)
         ],
-        "rename_tables": {glob.escape(_name_of(table)): table.name for table in renamed},
+        "rename_tables": {glob.escape(name_in_source(table)): table.name for table in renamed},
         "default_row": {
-            glob.escape(_name_of(table)): table.default_row
+            glob.escape(name_in_source(table)): table.default_row
             if isinstance(table.default_row, str)
             else list(table.default_row)
             for table in base.tables
@@ -95,7 +95,7 @@ def find_other_table(checkpoint: Checkpoint, base: Manifest) -> str | None:
 
     Metadata alone is compared: names, the width of rows, and the number of rows where a row is found by its number.
     """
-    theirs = {_name_of(table): table for table in base.tables}
+    theirs = {name_in_source(table): table for table in base.tables}
     left_out = [] if base.left_out_tables is msgspec.UNSET else [table.name for table in base.left_out_tables]
     known = {*theirs, *left_out}
     if lacking := [table.name_in_source for table in checkpoint.tables if table.name_in_source not in known]:
@@ -145,6 +145,7 @@ def _carry_slot(slot: SlotEntry, column: int) -> SlotMeta:
         column=column,
         encoding="" if slot.encoding is msgspec.UNSET else slot.encoding,
         earlier_casts=slot.casts,
+        is_ignored=slot.is_ignored is True,
     )
 
 
@@ -152,6 +153,6 @@ def _width(slot: SlotEntry) -> int:
     return math.prod(slot.shape) if slot.dim is msgspec.UNSET else slot.dim
 
 
-def _name_of(table: TableEntry) -> str:
+def name_in_source(table: TableEntry) -> str:
     """Return the name that the trainer has for a table."""
     return table.name if table.source_name is msgspec.UNSET else table.source_name

@@ -6,9 +6,19 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dist_export.manifest import DenseEntry, ScoreEntry, ServingEntry, TensorEntry
+from dist_export.manifest import DenseEntry, FeatureEntry, ScoreEntry, ServingEntry, TensorEntry
 
 Shape = tuple[int | str, ...]
+_OF_IDS = {
+    "ids": "ids",
+    "transforms": "transforms of ids",
+    "padding_id": "padding id",
+    "pooling": "pooling",
+    "longest": "longest list",
+    "shortest": "least number of columns",
+    "default_row": "default row",
+}
+"""Fields of a feature that say what serving does with ids -> what they are, in words."""
 
 
 def find_other_tensors(what: str, ours: Sequence[TensorEntry], theirs: Sequence[TensorEntry]) -> str:
@@ -88,7 +98,25 @@ def find_other_contract(ours: ServingEntry, theirs: ServingEntry) -> str:
                 f"feature {feature.name!r} looks up {feature.slot} of table {feature.table!r} ({feature.dim} values), and "
                 f"{known.slot} of {known.table!r} ({known.dim} values) in the base"
             )
+        if known is not None and (reason := _find_other_ids(feature, known)):
+            return f"feature {feature.name!r} {reason}"
     return ""
+
+
+def _find_other_ids(ours: FeatureEntry, theirs: FeatureEntry) -> str:
+    """Return the first difference between what a feature does with ids, from the request to its columns; empty if there is none.
+
+    What one of the two does not know is passed over.
+    """
+    for field, what in _OF_IDS.items():
+        one, other = getattr(ours, field), getattr(theirs, field)
+        if msgspec.UNSET not in (one, other) and one != other:
+            return f"has the {what} {_say_value(one)}, and {_say_value(other)} in the base"
+    return ""
+
+
+def _say_value(value: object) -> str:
+    return "none" if value in (None, ()) else msgspec.json.encode(value).decode()
 
 
 def list_unknown(ours: ServingEntry | None, theirs: ServingEntry | None, inputs: Sequence[str]) -> list[str]:

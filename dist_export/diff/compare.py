@@ -13,6 +13,7 @@ from dist_export.diff.dense import compare_dense, compare_others, compare_scores
 from dist_export.diff.entries import PackageDiff
 from dist_export.diff.rows import Run, RunCounts, add_counts, compare_runs, cut_runs, pair_tables
 from dist_export.errors import PackageError, UserError
+from dist_export.humanize import few
 from dist_export.manifest import Manifest
 from dist_export.package.reader import Package
 from dist_export.registry.base import resolve
@@ -139,6 +140,7 @@ def _compare_settings(a: Manifest, b: Manifest) -> dict[str, tuple[str, str]]:
             "num_shards": f"{manifest.num_shards:,}",
             "source": manifest.source.path,
             "base": "none" if manifest.base is msgspec.UNSET else manifest.base.path,
+            "slots with older values": few(manifest.list_older_slots()) or "none",
             "prune": msgspec.json.encode(rules).decode() if rules else "no rules",
             "score program": "no" if manifest.score is msgspec.UNSET else "yes",
             "serving contract": "no" if manifest.serving is msgspec.UNSET else "yes",

@@ -11,25 +11,6 @@ from dist_export.formats.delta_entries import Count, DeltaEntry, RowFingerprints
 Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=64)]
 
 
-class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the rows come from."""
-
-    path: str
-    """The path from the config. If that was a registry's URI or a training run, the checkpoint that it resolved to."""
-    format: str
-    fingerprint: str
-    num_files: Count
-    num_bytes: Count
-    uri: str | msgspec.UnsetType = msgspec.UNSET
-    """The version in the registry, if the config named the checkpoint by a registry's URI."""
-    step: int | msgspec.UnsetType = msgspec.UNSET
-    """The training step, if the checkpoint is one of a run. Of a trainer's dumps, that of the last one."""
-    steps: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
-    """Of a trainer's dumps: the steps whose rows were taken, in order."""
-    files: tuple[FileEntry, ...] | msgspec.UnsetType = msgspec.UNSET
-    """Of a trainer's dumps: the files that were read."""
-
-
 class CastEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The error that casting a slot's values caused, over the rows of the package.
 
@@ -69,6 +50,9 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     earlier_casts: tuple[CastEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     """If the source is a package: the earlier casts of its rows, oldest first, each over the rows of that time. Their errors
     are not in ``cast``, which starts from their result."""
+    is_ignored: bool | msgspec.UnsetType = msgspec.UNSET
+    """True if a delta did not compare the slot (``delta_ignore_slots``), and ``compact`` took rows of its base: in these rows it
+    has the values of the base, and not those of the source. Else absent."""
 
     @property
     def casts(self) -> tuple[CastEntry, ...]:

@@ -18,7 +18,7 @@ from dist_export.formats.digests import NONE
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST
 from dist_export.package.reader import Package, open_package
-from dist_export.pipeline.compacted_package import TakenFromDelta, account_for_table, list_table_files
+from dist_export.pipeline.compacted_package import TakenFromDelta, account_for_table, list_table_files, note_ignored
 from dist_export.pipeline.identity import Told, identify_export
 from dist_export.pipeline.planning import (
     PlannedSparse,
@@ -207,7 +207,8 @@ class Compaction:
                 account_for_table(entry, delta.table(entry.name), below.get(entry.name)) for entry in export.tables
             )
 
-        return export.grown(tables=export.task.ranks.run("account for delta and base", account))
+        tables = export.task.ranks.run("account for delta and base", account)
+        return export.grown(tables=tables, notes=note_ignored(tables, delta.manifest))
 
 
 def _blame(read: Callable[[], T]) -> T:

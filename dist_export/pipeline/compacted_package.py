@@ -150,11 +150,36 @@ def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | No
         misplaced=own.misplaced,
         repaired=repaired,
         duplicates=own.duplicates,
-        kept=tuple(_add_cast(slot, slots.get(slot.name), in_base.get(slot.name)) for slot in entry.kept),
+        kept=tuple(
+            msgspec.structs.replace(
+                _add_cast(slot, slots.get(slot.name), in_base.get(slot.name)),
+                is_ignored=_is_ignored(delta, slots.get(slot.name)) or msgspec.UNSET,
+            )
+            for slot in entry.kept
+        ),
         dropped=own.dropped,
         source_name=own.source_name,
         default_row=own.default_row,
     )
+
+
+def _is_ignored(delta: DeltaEntry, own: SlotEntry | None) -> bool:
+    """Whether rows of the base have older values of a slot: the delta did not compare it, or has it so from its base."""
+    if own is None or not delta.same:
+        return False
+    return own.is_ignored is True or (delta.ignored_slots is not msgspec.UNSET and own.name in delta.ignored_slots)
+
+
+def note_ignored(tables: tuple[TableEntry, ...], delta: Manifest) -> list[str]:
+    """Return a note for each slot of which some rows have older values."""
+    same = {table.name: table.delta.same for table in delta.tables if isinstance(table.delta, DeltaEntry)}
+    return [
+        f"table {table.name!r}: slot {slot.name!r} was not compared (delta_ignore_slots), so its {same[table.name]:,} rows that "
+        "stayed have the base's values of it, and not those of the checkpoint"
+        for table in tables
+        for slot in table.kept
+        if slot.is_ignored is True
+    ]
 
 
 def _add_cast(slot: SlotEntry, own: SlotEntry | None, below: SlotEntry | None) -> SlotEntry:

@@ -22,7 +22,8 @@ from dist_export.manifest import Manifest
 from dist_export.pipeline.base_package import FoundBase, find_base, find_committed_base, has_lost_base
 from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
-from dist_export.pipeline.trainer_delta import find_dumps, is_trainer_delta, stat_dumps
+from dist_export.pipeline.taken_back import refuse_taken_back
+from dist_export.pipeline.trainer_delta import find_dumps, is_trainer_delta, list_steps, stat_dumps
 from dist_export.redact import redact_text
 from dist_export.registry import base
 from dist_export.registry.versions import SCHEME, refuse_needed
@@ -90,7 +91,7 @@ def locate(
     register, export_dir = config.register or "", config.export_dir
     _refuse_two_registries(config.export_dir, register)
     options = options_for_registries(config)
-    found_base = find_base(config, options)
+    found_base, given = find_base(config, options), config
     is_latest = config.base == LATEST  # another package each time, and yet the same export
     config = config if is_latest else config.with_changes(**found_base.settings(config))
     target, notes = base.find_registry(config.export_dir, options), list(found.notes)
@@ -106,6 +107,11 @@ def locate(
                 f"export_dir {redact_text(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
                 "them into target_storage_options"
             )
+    seen = base.look(register, options) if register else ""
+    if is_trainer_delta(config) and found_base.directory is not None:
+        publish = register if base.scheme_of(register) == SCHEME else ""
+        steps = list_steps(config, resolved.directory)
+        refuse_taken_back(given, options, steps, base=found_base.directory, export_dir=export_dir, publish=publish)
     if config.overwrite:
         refuse_needed(open_directory(export_dir, config.options_of_target))
     notes += [found_base.note] if found_base.note else []
@@ -118,7 +124,7 @@ def locate(
         source_uri=resolved.uri if resolved.uri != resolved.directory else "",
         step=found.step,
         register=register,
-        seen=base.look(register, options) if register else "",
+        seen=seen,
         base=found_base,
         notes=tuple(notes),
     )

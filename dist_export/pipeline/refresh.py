@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.model_weights import ModelWeights, is_below
 from dist_export.config.schema import ExportConfig
 from dist_export.delta.carried_tables import (
     account_carried,
     carry_tables,
     find_other_table,
+    name_in_source,
     settings_of,
 )
 from dist_export.delta.signature import (
@@ -31,7 +33,7 @@ from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import ModelError, PlanError
 from dist_export.formats.strict_json import decode_object
 from dist_export.humanize import few
-from dist_export.manifest import BaseEntry, DenseEntry, DriftEntry, Manifest, ServingEntry, TableEntry
+from dist_export.manifest import BaseEntry, DenseEntry, DriftEntry, Manifest, ServingEntry, SourceEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.package.serving_fit import find_misfits
 from dist_export.pipeline.planning import describe_source_rows, plan_sparse
@@ -59,12 +61,14 @@ def plan_carried(export: ExportState) -> ExportState:
 
     Raises:
         PlanError: the base has no dense arch, or other tables than the checkpoint.
+        ModelError: the model maps raw ids to rows, or its dense arch has a table as its own weight.
     """
     task, base, checkpoint = export.task, export.base, export.source.checkpoint
     assert base is not None
     with task.reporter.stage("plan"):
         note = compare_tables(task.ranks, base, checkpoint)
         task.ranks.check("look for managed collisions", lambda: _refuse_collisions(task.objects.model))
+        task.ranks.check("look for tied weights", lambda: _refuse_ties(task.weights, base.manifest))
         carried = carry_tables(base.manifest, base.directory, checkpoint)
         planned = plan_sparse(task.ranks, carried, settings_for(task.config, base), world_size=task.ranks.world_size)
     return export.grown(planned=planned, notes=[note])
@@ -87,12 +91,17 @@ def compare_tables(ranks: Ranks, base: Package, checkpoint: Checkpoint | None) -
             raise _misfit(base, reason)
 
     ranks.check("compare the tables with the base", compare)
-    source = manifest.source
-    of_step = "" if source.step is msgspec.UNSET else f" (step {source.step:,})"
     return (
-        f"the tables are those of the base {_path_of(base)}, exported from {source.path}{of_step}, older than the dense part; "
+        f"the tables are those of the base {_path_of(base)}, {_say_rows(manifest.source)}, older than the dense part; "
         "scores were compared with the model on rows of the base, and not with scores on the rows of the checkpoint"
     )
+
+
+def _say_rows(source: SourceEntry) -> str:
+    """Return whose rows a base has; if it had a new dense part alone, not those of the checkpoint that it names."""
+    if source.other_rows:
+        return f"with {source.other_rows}"
+    return f"exported from {source.path}" + ("" if source.dense_step is None else f" (step {source.dense_step:,})")
 
 
 def _refuse_collisions(model: Any) -> None:
@@ -105,6 +114,19 @@ def _refuse_collisions(model: Any) -> None:
             f"{path} maps raw ids to rows of a table, by now to others than when the base was exported, and with "
             "need_export_sparse: false the rows stay those of the base. Nothing was written; export the tables too"
         )
+
+
+def _refuse_ties(weights: ModelWeights | None, base: Manifest) -> None:
+    """Refuse a dense arch that shares a table's weight: it would have the checkpoint's, and lookups the base's. ModelError."""
+    tables = {name_in_source(table) for table in base.tables}
+    for names in sorted(() if weights is None else weights.ties):
+        assert weights is not None
+        own = [name for name in names if is_below(name, weights.dense_name)]
+        if own and (tied := [name for name in names if name in tables and name not in own]):
+            raise ModelError(
+                f"{own[0]} of the dense arch is the weight of table {tied[0]!r}, and with need_export_sparse: false the dense "
+                "arch would have that of the checkpoint, and lookups that of the base. Nothing was written; export the tables too"
+            )
 
 
 def describe_sample_rows(export: ExportState) -> SourceRows | None:
@@ -131,7 +153,12 @@ def describe_refresh(manifest: Manifest, base: Package) -> Manifest:
     drift = None if manifest.drift is None else DriftEntry(batches=0, rows=0, outputs={}, not_measured=NOT_MEASURED)
     assert isinstance(manifest.base, BaseEntry)
     entry = msgspec.structs.replace(manifest.base, dense_only=True)
-    return msgspec.structs.replace(manifest, base=entry, left_out_tables=base.manifest.left_out_tables, drift=drift)
+    source, rows_step = manifest.source, base.manifest.source.step_of_rows
+    if rows_step != source.dense_step:
+        source = msgspec.structs.replace(source, rows_step=rows_step)
+    return msgspec.structs.replace(
+        manifest, source=source, base=entry, left_out_tables=base.manifest.left_out_tables, drift=drift
+    )
 
 
 # ---- what the dense part takes and gives ----

@@ -28,9 +28,14 @@ def is_trainer_delta(format_name: str) -> bool:
 
 def find_dumps(config: ExportConfig, url: str) -> FoundCheckpoint:
     """Return the directory of dumps and the last step that is taken of it. One rank; reads names alone. CheckpointError."""
-    directory = open_place(url, config.storage_options, follow_links=config.follow_links)
-    steps = [file.step for file in _list(directory) if config.until_step is None or file.step <= config.until_step]
+    steps = [step for step in list_steps(config, url) if config.until_step is None or step <= config.until_step]
     return FoundCheckpoint(url, max(steps, default=config.until_step), ())
+
+
+def list_steps(config: ExportConfig, url: str) -> tuple[int, ...]:
+    """Return all steps of a directory of dumps, in order. One rank; reads names alone. CheckpointError."""
+    directory = open_place(url, config.storage_options, follow_links=config.follow_links)
+    return tuple(sorted({file.step for file in _list(directory)}))
 
 
 def stat_dumps(directory: Directory) -> dict[str, FileStat]:
@@ -70,16 +75,17 @@ def open_trainer_delta(ranks: Ranks, config: ExportConfig, source: Directory, ba
                 f"base {config.base}: rows were pruned when it was exported, and dumps would bring them back; export the base "
                 "without prune"
             )
-        of_base = manifest.source.step
+        of_base = manifest.source.step_of_rows
         since = of_base if config.since_step is None else config.since_step
-        if of_base is not msgspec.UNSET and since is not msgspec.UNSET and since < of_base:
+        if of_base is not None and since is not None and since < of_base:
             raise ConfigError(
-                f"since_step is {since}, and base {config.base} is of step {of_base}: its rows are later than some dumps; leave "
+                f"since_step is {since}, and base {config.base} has rows of step {of_base}, later than some dumps; leave "
                 "since_step out"
             )
-        if since is msgspec.UNSET:
+        if since is None:
             raise ConfigError(
-                f"base {config.base} does not say its training step, so nobody knows which dumps are later; set since_step"
+                f"base {config.base} does not say the training step of its rows, so nobody knows which dumps are later; set "
+                "since_step"
             )
         return DumpSettings(
             since=since,
@@ -115,7 +121,7 @@ def describe_dumps(source: SourceEntry, checkpoint: Checkpoint | None) -> Source
 def note_dense_of_base(base: Manifest, checkpoint: Checkpoint) -> list[str]:
     """Return the note that says how old the dense part is."""
     assert checkpoint.dump is not None
-    step = "" if base.source.step is msgspec.UNSET else f" (step {base.source.step})"
+    step = "" if base.source.dense_step is None else f" (step {base.source.dense_step})"
     return [
         f"the rows are those of step {checkpoint.dump.steps[-1]}; all else is the base's{step}, the dense arch included"
     ]

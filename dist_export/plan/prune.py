@@ -209,6 +209,11 @@ def _apply_to_table(
             f"{setting}: slot {rule.slot!r} of table {name!r} has shape {list(slot.stored_shape)}, which does not go with the "
             "rows of its table, so no rule can go by it"
         )
+    if slot.is_ignored:
+        raise PlanError(
+            f"{setting}: slot {rule.slot!r} of table {name!r} has older values in rows that a delta did not compare "
+            "(delta_ignore_slots), so a rule would leave out other rows. Export from the checkpoint, or leave the rule out"
+        )
     if math.prod(slot.values_shape) != 1:
         raise PlanError(
             f"{setting}: slot {rule.slot!r} of table {name!r} has rows of {list(slot.values_shape)}; a rule compares slots of "

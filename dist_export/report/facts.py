@@ -81,7 +81,9 @@ def _describe_package(manifest: Manifest, where: str) -> Iterable[tuple[str, str
         )
     yield "Mode", _MODES.get(manifest.mode, manifest.mode)
     yield "Source", f"{source.path} ({source.format}), {count(source.num_files, 'file')}, {amount(source.num_bytes)}"
-    yield "Training step", "not known" if source.step is msgspec.UNSET else f"{source.step:,}"
+    yield "Training step", "not known" if source.dense_step is None else f"{source.dense_step:,}"
+    if source.other_rows:
+        yield "Step of the rows", f"{source.other_rows}, not that of the dense part"
     if source.uri is not msgspec.UNSET:
         yield "Source in its registry", source.uri
     yield "Fingerprint of the source", source.fingerprint or "none"

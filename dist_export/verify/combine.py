@@ -8,6 +8,7 @@ import numpy as np
 from dist_export.checkpoint.recis.model_pt import load_dense_state
 from dist_export.formats.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
 from dist_export.humanize import count as say
+from dist_export.humanize import few
 from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry, ScoreEntry, ServingEntry
 from dist_export.verify.base_dense import compare_taken_over, has_dense_of_base
 from dist_export.verify.blocks import Blocks
@@ -99,6 +100,8 @@ def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, duplicates: l
             report.checked.append(
                 f"{say(num_row_indexed, 'table')} by row number, {rows_by_number}: all there, in order"
             )
+        if survey.manifest is not None and (older := survey.manifest.list_older_slots()):
+            report.checked.append(f"{few(older)}: rows that a delta did not compare have the values of its base")
 
 
 def _compare_sums(

@@ -571,6 +571,42 @@ def test_bytes_of_tables_that_are_one_tensor_have_no_account(sources, tmp_path: 
     assert account_for_bytes(own, msgspec.structs.replace(below, account=tied)) is msgspec.UNSET
 
 
+def test_slots_that_were_not_compared_are_known_by_every_reader(tmp_path: Path, capsys) -> None:
+    """Their values are the base's in rows that stayed: of compact, diff, verify, a rule of prune, and a package made of it."""
+    before, later = tables_of(), change(tables_of())
+    later["item"][1]["step"][:] += 1000
+    base = export(save(tmp_path / "before", before, 2), tmp_path / "base")
+    after, more = save(tmp_path / "after", later, 3), {"compare": "exact", "delta_ignore_slots": ["step"]}
+    delta = export(after, tmp_path / "delta", base=str(base), **more)
+    made, full = make(delta, tmp_path / "made"), export(after, tmp_path / "full")
+
+    def list_ignored(package: Path) -> list[str]:
+        tables = manifest_of(package)["tables"]
+        return [
+            f"{table['name']}.{slot['name']}" for table in tables for slot in table["kept"] if slot.get("is_ignored")
+        ]
+
+    older = [f"{table['name']}.step" for table in manifest_of(delta)["tables"] if "ignored_slots" in table["delta"]]
+    assert "item.step" in older
+    assert list_ignored(made) == older
+    assert list_ignored(full) == list_ignored(base) == []
+    same = manifest_of(delta)["tables"][0]["delta"]["same"]
+    told = f"table 'item': slot 'step' was not compared (delta_ignore_slots), so its {same:,} rows that stayed have the base's"
+    assert any(note.startswith(told) for note in manifest_of(made)["notes"])
+    assert any("item.step" in line and "did not compare" in line for line in verify(str(made)).checked)
+    assert cli.main(["diff", str(made), str(full)]) == 1
+    assert f"slots with older values: {', '.join(older)} in A, none in B" in capsys.readouterr().out
+    again = export(made, tmp_path / "again")
+    assert list_ignored(again) == older
+    assert any("slot 'step' of table 'item' was not compared" in note for note in manifest_of(again)["notes"])
+    with pytest.raises(PlanError, match=r"slot 'step' of table 'item' has older values .* Export from the checkpoint"):
+        export(made, tmp_path / "pruned", prune=[{"tables": "item", "slot": "step", "below": 3}])
+    # a delta on top that compares them has no such rows any more
+    exact = export(after, tmp_path / "exact", base=str(made), compare="exact")
+    assert list_ignored(make(exact, tmp_path / "whole")) == []
+    assert read_package(tmp_path / "whole") == read_package(full)
+
+
 def test_a_delta_without_tables_of_its_own_has_the_shards_of_its_base(packages: Path, tmp_path: Path) -> None:
     delta = shutil.copytree(packages / "delta", tmp_path / "delta")
     edit(delta, lambda document: document["account"]["left_out"].update(need_export_sparse=5))

@@ -154,6 +154,11 @@ class Other(models.ThreeTables):
             return {**blocks, "price": blocks["price"].expand(-1, 2)}
         if self.how == "columns":
             return {**blocks, "user": blocks["clicks"], "clicks": blocks["user"]}
+        if self.how == "pooling":
+            ids = batch["clicks"]
+            return {**blocks, "clicks": (self.clicks(ids) * (ids != 0).unsqueeze(-1)).sum(1)}
+        if self.how == "ids":
+            return {**blocks, "user": self.user((batch["user"] + 1) % models.ROWS)}
         return blocks
 
 
@@ -184,6 +189,8 @@ def other(how: str) -> nn.Module:
         ("dtype", r"input 'price' is float64 \[batch, 1\], and float32 \[batch, 1\] in the base"),
         ("shape", r"input 'price' is float32 \[batch, 2\], and float32 \[batch, 1\] in the base"),
         ("columns", "of input 'clicks', columns 0 to 3 are of 'user', and number 1 of the base is of 'clicks'"),
+        ("pooling", 'feature \'clicks\' has the pooling "sum", and "mean" in the base'),
+        ("ids", r"feature 'user' has the transforms of ids \[.*\], and none in the base"),
         ("output", "the outputs lack 'ctr', which the base has"),
         ("outputs", "the outputs have 'more', which the base lacks"),
     ],
@@ -334,6 +341,35 @@ def test_a_model_that_maps_raw_ids_is_refused(checkpoints, tmp_path: Path) -> No
     with pytest.raises(ModelError, match="sparse_arch maps raw ids to rows"):
         refresh(checkpoints[1], tmp_path / "delta", tmp_path / "base", model=model)
     assert not (tmp_path / "delta").exists()
+
+
+def test_a_dense_arch_that_shares_the_weight_of_a_table_is_refused(tmp_path: Path) -> None:
+    """The program would have the checkpoint's weight, and lookups the base's rows."""
+
+    def tied() -> nn.Module:
+        model = build()
+        model.dense_arch = TiedHead(3 * models.DIM + 1)
+        model.dense_arch.items.weight = model.sparse_arch.user.weight
+        return model
+
+    model = models.train(tied())
+    before = models.save(model, tmp_path / "before.pth")
+    after = models.save(train_on(model), tmp_path / "after.pth")
+    export(before, tmp_path / "base", tied())
+    told = r"dense_arch\.items\.weight of the dense arch is the weight of table 'sparse_arch\.user\.weight', .* Nothing was"
+    with pytest.raises(ModelError, match=told):
+        refresh(after, tmp_path / "delta", tmp_path / "base", model=tied())
+    assert not (tmp_path / "delta").exists()
+
+
+class TiedHead(models.Head):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.items = nn.Linear(models.DIM, models.ROWS, bias=False)
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = self.items(blocks["user"])
+        return {"items": logits, **super().forward(blocks)}
 
 
 def test_a_run_that_ended_before_the_commit_is_completed(checkpoints, tmp_path: Path, monkeypatch) -> None:

@@ -146,11 +146,11 @@ def test_the_base_says_its_step(tmp_path: Path) -> None:
     base = export(tmp_path / "run", tmp_path / "base", step=100)
     delta = export_dump(tmp_path / "dumps", tmp_path / "delta", base, since_step=None)
     assert manifest_of(delta)["tables"][0]["delta"]["changed"] == 4
-    with pytest.raises(ConfigError, match=r"since_step is 99, and base .* is of step 100"):
+    with pytest.raises(ConfigError, match=r"since_step is 99, and base .* has rows of step 100"):
         export_dump(tmp_path / "dumps", tmp_path / "other", base, since_step=99)
     of_no_step = export(tmp_path / "run" / "ckpt_100", tmp_path / "no_step")
     assert "step" not in manifest_of(of_no_step)["source"]
-    with pytest.raises(ConfigError, match=r"does not say its training step.*set since_step"):
+    with pytest.raises(ConfigError, match=r"does not say the training step of its rows.*set since_step"):
         export_dump(tmp_path / "dumps", tmp_path / "other", of_no_step, since_step=None)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dist_export.delta.signature import find_other_contract, find_other_dense, find_other_score
 from dist_export.manifest import (
     ColumnsEntry,
     DenseEntry,
     DenseInputEntry,
     FeatureEntry,
+    IdsEntry,
     ScoreEntry,
     ServingEntry,
     TensorEntry,
+    TransformEntry,
 )
 
 
@@ -96,3 +100,34 @@ def test_contracts() -> None:
     assert find_other_contract(contract("xy", "u"), contract("xy")) == (
         "feature 'x' looks up embedding of table 'u' (4 values), and embedding of 't' (4 values) in the base"
     )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "text"),
+    [
+        ({"pooling": "mean"}, {"pooling": "sum"}, 'has the pooling "mean", and "sum" in the base'),
+        (
+            {"transforms": (TransformEntry(op="add", value=1),)},
+            {"transforms": ()},
+            'has the transforms of ids [{"op":"add","value":1}], and none in the base',
+        ),
+        ({"padding_id": None}, {"padding_id": 0}, "has the padding id none, and 0 in the base"),
+        ({"longest": 3}, {"longest": 5}, "has the longest list 3, and 5 in the base"),
+        ({"shortest": 3}, {}, "has the least number of columns 3, and 0 in the base"),
+        ({"default_row": "zeros"}, {"default_row": (1.0,)}, 'has the default row "zeros", and [1.0] in the base'),
+        (
+            {"ids": IdsEntry(values="a", lengths="b", num_keys=2)},
+            {"ids": IdsEntry(values="a", lengths="b")},
+            'has the ids {"values":"a","lengths":"b","num_keys":2}, and {"values":"a","lengths":"b"} in the base',
+        ),
+        ({"pooling": "mean"}, {}, ""),
+        ({"padding_id": 0}, {"padding_id": 0}, ""),
+    ],
+    ids=str,
+)
+def test_what_is_done_with_the_ids_of_a_feature(ours, theirs, text: str) -> None:
+    one, other = (
+        ServingEntry(features=(FeatureEntry(name="x", table="t", dim=4, **fields),), inputs=())
+        for fields in (ours, theirs)
+    )
+    assert find_other_contract(one, other) == (text and f"feature 'x' {text}")
