@@ -20,7 +20,7 @@ class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Another package: the full package that a delta package goes on top of, or what a compacted package was made of."""
+    """Another package: what a delta package goes on top of, full or a delta itself, or what a compacted one was made of."""
 
     path: str
     """Where it was at the export: a directory or an fsspec URL. A base that was moved together with its deltas is found beside
@@ -66,3 +66,8 @@ class DeltaEntry(msgspec.Struct, frozen=True, kw_only=True):
     deleted_ids: tuple[DeletedIdsEntry, ...] = ()
     ignored_slots: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     """Slots that were not compared, if any: of a row that is the same they may differ, and serving gets the base's."""
+
+    @property
+    def rows_served(self) -> int:
+        """Rows of the table in delta and base together."""
+        return self.same + self.changed + self.new
