@@ -10,6 +10,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """A number of rows, bytes or elements, within the limits of a file."""
 
 
+MOST_LINKS = 8
+"""Deltas on top of each other and of a full package."""
+
+
 class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Where the row fingerprints of a part are. :mod:`dist_export.formats.row_fingerprints` describes their file."""
 
@@ -38,7 +42,10 @@ class CompactedEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The packages that a compacted package was made of. Nothing of them is needed to read it."""
 
     delta: BaseEntry
+    between: tuple[BaseEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """The deltas between the two, the last one first, if there are any."""
     base: BaseEntry
+    """The full package."""
 
 
 class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

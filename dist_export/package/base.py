@@ -27,9 +27,6 @@ class OpenedPackage(Protocol):
         """Close its files."""
 
 
-MOST_LINKS = 8
-"""Deltas on top of each other and of a full package."""
-
 T = TypeVar("T", bound=OpenedPackage)
 
 

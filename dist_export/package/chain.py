@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 DELETED = -1
 """In place of a link and of a row: the id has no row."""
-BYTES_OF_ID = 26
+BYTES_OF_ID = 19
 """What a merged id takes in memory, at most: the id, where its row is, the heads, and its bits in the sieve."""
 _RUN_ROWS = 1 << 20
 _MOST_MERGED = 1 << 26
@@ -132,7 +132,7 @@ def _read_ids(links: Sequence[LinkRows], begins: dict[tuple[int, int], int]) -> 
 
 
 def count_ids(tables: Sequence[TableEntry]) -> int:
-    """Return how many ids the links have of a table, at most. ``tables``: its entries."""
+    """Return how many ids deltas have of tables, at most. ``tables``: their entries in the manifests."""
     deleted = sum(table.delta.deleted for table in tables if isinstance(table.delta, DeltaEntry))
     return deleted + sum(part.rows for table in tables for part in table.parts)
 

@@ -11,9 +11,10 @@ import numpy as np
 from typing_extensions import Self
 
 from dist_export.errors import PackageError
+from dist_export.formats.delta_entries import MOST_LINKS
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.manifest import Manifest, TableEntry
-from dist_export.package.base import MOST_LINKS, find_base
+from dist_export.package.base import find_base
 from dist_export.package.chain import ChainReader, Merging, list_links, read_layers
 from dist_export.package.layers import DeltaIds, LayeredReader
 from dist_export.package.open_count import OpenCount

@@ -58,7 +58,7 @@ class Locations:
             export_dir=self.export_dir,
             register=self.register or None,
             filter_sparse_opt=self.filter_sparse_opt,
-            **self.base.settings(config),
+            **self.base.settings,
         )
 
 
@@ -92,7 +92,7 @@ def locate(
     options = options_for_registries(config)
     found_base = find_base(config, options)
     is_latest = config.base == LATEST  # another package each time, and yet the same export
-    config = config if is_latest else config.with_changes(**found_base.settings(config))
+    config = config if is_latest else config.with_changes(**found_base.settings)
     target, notes = base.find_registry(config.export_dir, options), list(found.notes)
     if target is not None:
         register = register or config.export_dir

@@ -30,6 +30,7 @@ from dist_export.errors import CheckpointError, CommitError, ExportError, PlanEr
 from dist_export.formats.id_list import IdList
 from dist_export.ids.lists import read_id_list
 from dist_export.package.reader import Package
+from dist_export.package.served_table import estimate_bytes
 from dist_export.pipeline.counting import count_rows, search_rest
 from dist_export.plan.casts import cast_slots, check_defaults, round_defaults
 from dist_export.plan.census import (
@@ -253,7 +254,8 @@ def plan_sparse(
     checkpoint = replace(checkpoint, disk_state=ranks.broadcast("look at the disk", checkpoint.digest_traces))
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
     pruning = ranks.run("read the rules for rows", lambda: leaving or read_pruning(checkpoint, config))
-    budget = ranks.broadcast("share out the memory", lambda: budget_of(config, taken=pruning.num_bytes))
+    taken = pruning.num_bytes + estimate_bytes(base)
+    budget = ranks.broadcast("share out the memory", lambda: budget_of(config, taken=taken))
     shares = share_parts(checkpoint, ranks.world_size * budget.threads)
     keep_freed_memory()
     duplicates = DuplicateIds(checkpoint, most=None if config.on_duplicate == "error" else budget.dropped_rows)

@@ -156,7 +156,7 @@ def test_merged_ids_say_how_much_memory_they_take(written: list[Path]) -> None:
         found, _ = chain.list_links(package.layers, "t", "embedding")
         merged = chain.MergedIds(found)
         assert len(merged) <= chain.count_ids([link.table for link in found])
-        assert 16 * len(merged) < merged.num_bytes <= 26 * len(merged)
+        assert 16 * len(merged) < merged.num_bytes <= chain.BYTES_OF_ID * len(merged)
 
 
 def test_a_row_is_the_last_one_of_its_id_in_one_link_alone(written: list[Path]) -> None:
