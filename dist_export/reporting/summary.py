@@ -29,7 +29,9 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         told_by = describe_format(manifest.source.format)
         lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}{told_by}")
     if manifest.compacted is not msgspec.UNSET:
-        lines.append(f"  made of  {manifest.compacted.delta.path} and its base {manifest.compacted.base.path}")
+        its = manifest.compacted
+        between = () if its.between is msgspec.UNSET else its.between
+        lines.append(f"  made of  {' and its base '.join(link.path for link in (its.delta, *between, its.base))}")
     if manifest.mode != "dense_only":
         lines += _say_tables(manifest, shares)
     if manifest.account is not msgspec.UNSET:

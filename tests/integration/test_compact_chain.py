@@ -17,8 +17,9 @@ from tests.integration.test_compact import compare, make
 from tests.integration.test_delta_chain_export import export_chain, save
 from tests.integration.test_delta_chains import STATES
 from tests.integration.test_delta_export import export
-from tests.support.delta_by_hand import edit
+from tests.support.delta_by_hand import change_rows, edit
 from tests.support.deltas import manifest_of, read_package
+from tests.support.recis_writer import split_table, write_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -131,3 +132,16 @@ def test_a_wrong_account_of_a_link_is_found(links: list[Path], tmp_path: Path) -
     edit(links[3], change)
     with pytest.raises(CommitError, match=r"table 't': .* rows were written"):
         make(links[3], tmp_path / "made")
+
+
+def test_tables_with_the_same_ids_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """All small tables are searched at once for ids that stand twice in one layer."""
+    state = {"a": STATES[0]["u"], "b": STATES[0]["u"]}
+    links: list[Path] = []
+    for step in range(3):
+        tables = {name: split_table(*rows, 2) for name, rows in state.items()}
+        source = write_checkpoint(tmp_path / f"step-{step}", tables)
+        base: dict[str, Any] = {"base": str(links[-1]), "delta_chain": 8} if links else {}
+        links.append(export(source, tmp_path / f"link{step}", num_shards=2, **base))
+        state = {name: change_rows(rows, changed=9, new=3, deleted=4, seed=70 + step) for name, rows in state.items()}
+    compare(make(links[2], tmp_path / "made"), export(source, tmp_path / "full", num_shards=2))

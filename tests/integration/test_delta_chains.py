@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import dist_export
+from dist_export import cli
 from dist_export.errors import PackageError
+from dist_export.inspect.describe import describe
 from dist_export.manifest import MANIFEST
 from dist_export.package import chain
 from dist_export.package.reader import Package
@@ -315,3 +317,20 @@ def test_verify_names_a_link_that_is_not_there(tmp_path: Path, number: int) -> N
     shutil.rmtree(links[number])
     (finding,) = verify(str(links[3])).findings
     assert f"{links[number + 1]} is a delta package of {links[number]}, and needs that base" in str(finding)
+
+
+# ---- inspect ----
+
+
+def test_inspect_shows_all_links_and_what_lacks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    links = write_chain(tmp_path)
+    assert describe(str(links[3]))["chain"] == [str(link) for link in reversed(links)]
+    assert "chain" not in describe(str(links[1]))
+    assert "chain" not in describe(str(links[0]))
+    assert cli.main(["inspect", str(links[3])]) == 0
+    assert f"  chain      {links[3]} on {links[2]} on {links[1]} on {links[0]}\n" in capsys.readouterr().out
+    shutil.rmtree(links[0])
+    assert cli.main(["inspect", str(links[3])]) == 0
+    out = capsys.readouterr().out
+    assert f"  chain      {links[3]} on {links[2]} on {links[1]}\n" in out
+    assert f"  lack       it needs {links[1]}, which is a delta of {links[0]}, and neither there nor beside it" in out
