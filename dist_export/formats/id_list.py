@@ -70,22 +70,15 @@ class IdList:
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
         """Return which int64 ids are in the list (bool)."""
-        found = np.zeros(len(ids), bool)
-        found[self.find(ids)[0]] = True
+        found = self._sieve.passes(ids)
+        candidates = np.flatnonzero(found)
+        found[candidates] = self._holds(ids[candidates])
         return found
 
-    def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions of those int64 ids that are in the list, and where they are in it (both int64)."""
-        candidates = np.flatnonzero(self._sieve.passes(ids))
-        found = self._find(ids[candidates])
-        is_there = found >= 0
-        return candidates[is_there], found[is_there]
-
-    def _find(self, ids: np.ndarray) -> np.ndarray:
-        """Return where ids are in the list (int64), else -1."""
-        # each step of the binary search is one pass, so that memory waits overlap
-        if not len(ids) or not len(self.ids):
-            return np.full(len(ids), -1, np.int64)
+    def _holds(self, ids: np.ndarray) -> np.ndarray:
+        """Return which ids are in the list (bool). Each step of the binary search is one pass, so that memory waits overlap."""
+        if not len(ids):
+            return np.zeros(0, bool)
         last = len(self.ids) - 1
         place = np.maximum(np.searchsorted(self._heads, ids, side="right") - 1, 0) * _BLOCK_IDS
         step = _BLOCK_IDS // 2
@@ -93,4 +86,5 @@ class IdList:
             probe = np.minimum(place + step, last)
             place = np.where(self.ids[probe] <= ids, probe, place)
             step //= 2
-        return np.where(self.ids[place] == ids, place, -1)
+        found: np.ndarray = self.ids[place] == ids
+        return found

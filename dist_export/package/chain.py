@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dist_export.formats.delta_entries import DeltaEntry
-from dist_export.formats.id_list import IdList
+from dist_export.formats.id_list import IdSieve
+from dist_export.formats.row_index import SlotFiller, encode_keys, find_rows
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
 from dist_export.package.layers import DeltaIds, LayeredReader
 from dist_export.package.slot_reader import SlotReader
@@ -24,8 +25,13 @@ logger = logging.getLogger(__name__)
 
 DELETED = -1
 """In place of a link and of a row: the id has no row."""
-BYTES_OF_ID = 19
-"""What a merged id takes in memory, at most: the id, where its row is, the heads, and its bits in the sieve."""
+BYTES_OF_ID = 28
+"""What a merged id takes in memory, at most: the id, where its row is, its slot in the index, and its bits in the sieve."""
+_SPREAD = 4
+"""2 to the power of this is how many bits the sieve has for each id, at least."""
+_SEED = 0
+_MOST_SHORT = 1 << 15
+"""Parts up to this many are sorted as short numbers, which is faster."""
 _RUN_ROWS = 1 << 20
 _MOST_MERGED = 1 << 26
 """More ids are not merged for lookups: they would take too long to merge, and too much memory. The links are asked in turn."""
@@ -73,8 +79,13 @@ class MergedIds:
         """Where the rows of each part begin, if all parts lie behind each other."""
         found, spots = _read_ids(links, dict(zip(self._parts, self._begins.tolist(), strict=False)))
         ids, first = np.unique(found, return_index=True)  # of an id that several links have, that of the last link
-        self._list = IdList(ids)
-        self._spots = spots[first]
+        self._ids, self._spots = ids, spots[first]
+        self._sieve = IdSieve(len(ids), spread=_SPREAD)
+        self._sieve.add(ids)
+        filler = SlotFiller(len(ids))
+        keys = np.sort(encode_keys(ids, 0, _SEED))
+        self._slots = np.concatenate([*filler.add(keys), filler.finish()])
+        self._longest_probe = filler.longest_probe
         logger.debug(
             "table %r: %s ids of %d deltas merged in %.2f s; they take %s bytes",
             links[0].table.name,
@@ -85,27 +96,42 @@ class MergedIds:
         )
 
     def __len__(self) -> int:
-        return len(self._list)
+        return len(self._ids)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that they take in memory."""
-        return self._list.num_bytes + self._spots.nbytes
+        return self._ids.nbytes + self._spots.nbytes + self._slots.nbytes + self._sieve.num_bytes
 
     def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of ids (int64, (n,)) of which a link says anything, and where their rows are, or ``DELETED``."""
-        positions, found = self._list.find(ids)
-        return positions, self._spots[found]
+        positions = np.flatnonzero(self._sieve.passes(ids))
+        if not len(self._ids):
+            return positions[:0], self._spots
+        found = find_rows(
+            self._slots,
+            self._ids,
+            ids[positions],
+            num_slots=len(self._slots),
+            num_rows=len(self._ids),
+            seed=_SEED,
+            longest_probe=self._longest_probe,
+        )
+        is_there = found >= 0
+        return positions[is_there], self._spots[found[is_there]]
 
     def deal(self, positions: np.ndarray, spots: np.ndarray) -> Iterator[FoundRows]:
         """Yield the parts that hold rows, for what :meth:`find` returned. Ids that are gone are passed over."""
         is_there = spots != DELETED
         positions, spots = positions[is_there], spots[is_there]
         numbers = np.searchsorted(self._begins, spots, side="right") - 1
-        for number in np.unique(numbers).tolist():
-            mine = np.flatnonzero(numbers == number)
-            link, part = self._parts[number]
-            yield FoundRows(link, part, positions[mine], spots[mine] - self._begins[number])
+        order = np.argsort(numbers.astype(np.int16) if len(self._parts) <= _MOST_SHORT else numbers, kind="stable")
+        positions, spots = positions[order], spots[order]
+        edges = np.searchsorted(numbers[order], np.arange(len(self._parts) + 1)).tolist()
+        for number, (link, part) in enumerate(self._parts):
+            mine = slice(edges[number], edges[number + 1])
+            if mine.start < mine.stop:
+                yield FoundRows(link, part, positions[mine], spots[mine] - self._begins[number])
 
     def are_last(self, ids: np.ndarray, link: int, part: int, first_row: int) -> np.ndarray:
         """Return which of the rows of a part from ``first_row`` on, whose ids these are, no later link replaces or takes away."""
@@ -180,8 +206,7 @@ class ChainReader:
             positions, spots = merged.find(ids)
             has_row[positions[spots == DELETED]] = False
             for found in merged.deal(positions, spots):
-                rows[found.positions] = self._links[found.link].reader.take(found.part, found.rows)
-                has_row[found.positions] = True
+                self._links[found.link].reader.copy_rows(found.part, found.rows, found.positions, rows, has_row)
         else:
             for link in reversed(self._links):
                 if (deleted := link.ids.deleted(link.table)) is not None:

@@ -133,6 +133,12 @@ def test_a_missing_link_is_named_before_anything_is_written(sources, tmp_path: P
     assert "base" not in manifest_of(whole)
 
 
+@pytest.mark.parametrize("settings", [{"delta_chain": 3}, {"compare": "exact"}])
+def test_without_a_base_the_settings_about_it_do_not_count(sources, tmp_path: Path, settings: dict[str, Any]) -> None:
+    given = {"base": str(tmp_path / "none"), "on_base_mismatch": "full", **settings}
+    assert "base" not in manifest_of(export(sources[0], tmp_path / "out", **given))
+
+
 def test_a_link_that_is_replaced_meanwhile_fails_the_export(sources, tmp_path: Path, monkeypatch) -> None:
     links = export_chain(sources[:3], tmp_path)
     write = deltas.write_deleted
@@ -177,6 +183,17 @@ def test_row_numbers_grow_along_a_chain(tmp_path: Path) -> None:
     torch.save({name: torch.from_numpy(rows[:100].copy())}, tmp_path / "fewer.pt")
     with pytest.raises(PlanError, match=r"has 120 rows by number, and that of the checkpoint 100"):
         export(tmp_path / "fewer.pt", tmp_path / "out", format="torch", base=str(links[-1]), delta_chain=8)
+
+
+def test_merged_ids_are_within_max_memory(sources, tmp_path: Path, monkeypatch) -> None:
+    from dist_export.package import served_table
+
+    links = export_chain(sources[:2], tmp_path)
+    monkeypatch.setattr(served_table, "BYTES_OF_ID", 1 << 30)
+    with pytest.raises(PlanError, match=r"max_memory leaves .* raise max_memory"):
+        export(sources[2], tmp_path / "out", base=str(links[1]), delta_chain=8)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    export(sources[2], tmp_path / "out", base=str(links[0]), delta_chain=8)  # a full package has none
 
 
 def test_many_small_pieces_give_the_same_chain(sources, tmp_path: Path, monkeypatch) -> None:
