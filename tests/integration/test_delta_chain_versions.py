@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 import dist_export
-from dist_export.errors import ConfigError
+from dist_export.errors import ConfigError, PackageError
 from dist_export.registry.versions import VersionDirectory, refuse_needed
+from dist_export.serve import served
 from dist_export.serve.served import Watcher
 from dist_export.storage.urls import open_directory
+from dist_export.verify.verify import verify
 from dist_export.watch.decision import Checkpoint, Rules, Seen, is_full_next
 from tests.integration.test_delta_bases import publish
 from tests.integration.test_delta_chain_export import looked_up, save
@@ -121,8 +123,15 @@ def test_watch_counts_all_deltas_of_a_chain(sources, where: Path) -> None:
 
 
 @pytest.mark.parametrize("checks", [False, True])
-def test_serving_follows_a_chain_and_opens_each_link_once(sources, where: Path, checks: bool) -> None:
+def test_serving_follows_a_chain_and_opens_each_link_once(sources, where: Path, checks: bool, monkeypatch) -> None:
     publish(sources[0], where)
+    checked: list[str] = []
+
+    def note_and_verify(path: str, *arguments: Any, **more: Any) -> Any:
+        checked.append(path)
+        return verify(path, *arguments, **more)
+
+    monkeypatch.setattr(served, "verify", note_and_verify)
     holder = Watcher(f"versions:{where}", checks=checks)
     seen = [holder.current.package]
     for step in (1, 2, 3):
@@ -138,3 +147,15 @@ def test_serving_follows_a_chain_and_opens_each_link_once(sources, where: Path, 
         assert has_row.all()
         assert [bytes(row) for row in rows] == [row for (row,) in expected["t"].values()]
     assert holder.num_refused == 0
+    assert checked == ([layer.directory.path for layer in reversed(package.layers)] if checks else [])
+
+
+def test_serving_refuses_a_chain_with_an_unsound_link(sources, where: Path) -> None:
+    links = publish_all(sources[:2], where)
+    links.append(publish(sources[2], where, **CHAIN))
+    shard = next(links[1].glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(PackageError, match=f"{links[1]} is unsound"):
+        Watcher(f"versions:{where}", checks=True)
