@@ -103,9 +103,10 @@ def test_no_rollback_to_a_chain_with_a_missing_link(sources, where: Path, number
     assert current_of(where)["version"] == full.name
 
 
-def test_the_same_export_becomes_another_version_once_a_link_is_gone(sources, where: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_same_export_becomes_another_version_once_a_link_is_gone(sources, where: Path, number: int) -> None:
     links = publish_all(sources[:3], where)
-    shutil.rmtree(links[1])
+    shutil.rmtree(links[number])
     again = publish(sources[2], where, **CHAIN)
     assert again != links[2]
     assert "base" not in manifest_of(again)  # on_base_mismatch: full
@@ -150,12 +151,13 @@ def test_serving_follows_a_chain_and_opens_each_link_once(sources, where: Path, 
     assert checked == ([layer.directory.path for layer in reversed(package.layers)] if checks else [])
 
 
-def test_serving_refuses_a_chain_with_an_unsound_link(sources, where: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_serving_refuses_a_chain_with_an_unsound_link(sources, where: Path, number: int) -> None:
     links = publish_all(sources[:2], where)
     links.append(publish(sources[2], where, **CHAIN))
-    shard = next(links[1].glob("*.safetensors"))
+    shard = next(links[number].glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(PackageError, match=f"{links[1]} is unsound"):
+    with pytest.raises(PackageError, match=f"{links[number]} is unsound"):
         Watcher(f"versions:{where}", checks=True)
