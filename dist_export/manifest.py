@@ -270,6 +270,11 @@ def _check_paths(manifest: Manifest, where: str) -> None:
             raise PackageError(f"{where}: {path!r} does not lie in the package")
 
 
+def count_served(table: TableEntry) -> int:
+    """Return how many rows of a table the package serves: of a delta, with those of its base."""
+    return table.rows_out if isinstance(table.delta, msgspec.UnsetType) else table.delta.rows_served
+
+
 def _check_rows(manifest: Manifest, where: str) -> None:
     """Refuse rows that are too large for any table, because a reader reserves memory for the claimed size."""
     for table in manifest.tables:

@@ -65,7 +65,10 @@ class ExportConfig:
     base: str | None = None
     """A package to write a delta against: only rows that are new or changed since then, and which ids are gone (needs
     filter_sparse_opt). A directory, an fsspec URL, a registry's URI, or latest: the current version of the directory of publish.
-    If it is a delta itself, its own base is taken. open_package reads a delta and its base together."""
+    If it is a delta itself, see delta_chain. open_package reads a delta and all below it together."""
+    delta_chain: int = 1
+    """How many deltas may be on top of each other, at most 8. On a delta that has less below it goes the next one. Else, and with
+    1 always, it goes on the full package at the bottom."""
     on_base_mismatch: Literal["error", "full"] = "error"
     """What to do if the base has other tables or slots, or cannot be read, or latest finds no version: error, or full, which
     exports everything and says why."""

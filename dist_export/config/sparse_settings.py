@@ -10,6 +10,7 @@ from dist_export.config.prune_rules import parse_rules
 from dist_export.config.publishing import VERSIONS
 from dist_export.config.trainer_deltas import TZREC_DELTA
 from dist_export.errors import ConfigError
+from dist_export.formats.delta_entries import MOST_LINKS
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 
 CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
@@ -70,9 +71,17 @@ def _check_base(settings: Mapping[str, Any]) -> None:
             raise ConfigError("compare says how rows are compared with those of a base, but base is not set")
         if settings["delta_ignore_slots"]:
             raise ConfigError("delta_ignore_slots says what is not compared with a base, but base is not set")
+        if settings["delta_chain"] != 1:
+            raise ConfigError("delta_chain says how many deltas may be on top of each other, but base is not set")
         return
     if not settings["base"]:
         raise ConfigError("base is empty; give a package, or null for a full export")
+    if not 1 <= settings["delta_chain"] <= MOST_LINKS:
+        raise ConfigError(f"delta_chain is {settings['delta_chain']}; give a number of deltas from 1 to {MOST_LINKS}")
+    if settings["format"] == TZREC_DELTA and settings["delta_chain"] != 1:
+        raise ConfigError(
+            "delta_chain needs checkpoints: with format: tzrec_delta a delta goes on a full package. Leave delta_chain out"
+        )
     if not settings["need_export_sparse"]:
         _check_refresh(settings)
     if settings["base"] == LATEST and not settings["export_dir"].startswith(VERSIONS):
@@ -92,6 +101,7 @@ def _check_refresh(settings: Mapping[str, Any]) -> None:
         ("on_base_mismatch", "error", "full would export the tables"),
         ("compare", "fingerprints", "no row is compared"),
         ("delta_ignore_slots", [], "no row is compared"),
+        ("delta_chain", 1, "it goes on a full package"),
         ("max_drift", None, "no row of the checkpoint is read to measure a drift"),
     ):
         if settings[name] != default:

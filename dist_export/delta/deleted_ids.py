@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,9 @@ import numpy as np
 from dist_export.errors import CommitError
 from dist_export.formats.deleted_ids import deleted_name, encode_deleted
 from dist_export.formats.digests import NONE, XXH3, digest_bytes
-from dist_export.manifest import DeletedIdsEntry, FileEntry, TableEntry
+from dist_export.manifest import DeletedIdsEntry, FileEntry
 from dist_export.package.reader import Package
+from dist_export.package.served_table import ServedTable
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.workdir.state import Receipt, write_receipt
@@ -20,7 +21,8 @@ from dist_export.workdir.state import Receipt, write_receipt
 _RUN_ROWS = 1 << 20
 
 Seen = Mapping[tuple[int, int], np.ndarray]
-"""(table of the source, part of the base) -> one bit a row of that part (uint8): whether its id was found in the source."""
+"""(table of the source, number of a served part of the base) -> one bit a row of that part (uint8): whether the source has its
+id."""
 
 
 class WrittenIds(NamedTuple):
@@ -32,7 +34,7 @@ class WrittenIds(NamedTuple):
 
 
 def share_seen(
-    ranks: Ranks, base: Package, tables: Mapping[int, TableEntry], seen: Seen
+    ranks: Ranks, base: Package, tables: Mapping[int, ServedTable], seen: Seen
 ) -> dict[tuple[int, int], np.ndarray]:
     """Give each rank what all ranks have found in its shards of the base. All ranks.
 
@@ -45,10 +47,10 @@ def share_seen(
     """
     owner_of = _deal_shards(base, ranks.world_size)
     mine = {
-        (table, number): np.zeros(-(-part.rows // 8), np.uint8)
-        for table, entry in tables.items()
-        for number, part in enumerate(entry.parts)
-        if owner_of[part.file] == ranks.rank
+        (table, number): np.zeros(-(-part.entry.rows // 8), np.uint8)
+        for table, served in tables.items()
+        for number, part in enumerate(served.parts)
+        if owner_of[part.entry.file] == ranks.rank
     }
 
     def give() -> list[tuple[int, int]]:
@@ -77,15 +79,23 @@ def _name(key: tuple[int, int], rank: int) -> str:
 
 
 def _deal_shards(base: Package, world_size: int) -> dict[str, int]:
-    """Return the rank of each shard of the base."""
-    names = sorted({part.file for table in base.manifest.tables for part in table.parts})
+    """Return the rank of each shard of the base, and of those of the same name below it."""
+    names = _list_shards(base)
     return {name: number * world_size // len(names) for number, name in enumerate(names)}
 
 
-def write_deleted(
-    target: Directory, base: Package, tables: Mapping[int, TableEntry], seen: Seen, *, digest: str
-) -> list[WrittenIds]:
-    """Write the ids of these parts that were not found, a file for each shard of the base that has some. Any rank.
+def list_files(base: Package) -> list[str]:
+    """Return the files that the deleted ids of a delta may be in, in order."""
+    return list(map(deleted_name, _list_shards(base)))
+
+
+def _list_shards(base: Package) -> list[str]:
+    """Return the names of the shards of a base and of what is below it, in order."""
+    return sorted({part.file for its in base.layers for table in its.manifest.tables for part in table.parts})
+
+
+def write_deleted(target: Directory, tables: Mapping[int, ServedTable], seen: Seen, *, digest: str) -> list[WrittenIds]:
+    """Write the ids of these parts that were not found, a file for each name of a shard that has some. Any rank.
 
     ``tables`` as :func:`share_seen` takes it; ``seen`` as it returns it.
     """
@@ -93,9 +103,9 @@ def write_deleted(
     written = []
     by_shard: dict[str, list[tuple[int, int]]] = {}
     for table, number in sorted(seen):
-        by_shard.setdefault(tables[table].parts[number].file, []).append((table, number))
+        by_shard.setdefault(tables[table].parts[number].entry.file, []).append((table, number))
     for shard, keys in sorted(by_shard.items()):
-        lost = {key: ids for key in keys if len(ids := _list_ids(base, tables[key[0]], key[1], seen[key]))}
+        lost = {key: ids for key in keys if len(ids := _list_ids(tables[key[0]], key[1], seen[key]))}
         if not lost:
             continue
         name = deleted_name(shard)
@@ -110,28 +120,22 @@ def write_deleted(
     return written
 
 
-def _list_ids(base: Package, table: TableEntry, number: int, bits: np.ndarray) -> np.ndarray:
-    """Return the ids of a part whose bits are not set (int64), in ascending order."""
-    part = table.parts[number]
-    lost = np.flatnonzero(np.unpackbits(bits, count=part.rows) == 0)
-    if not len(lost):
-        return lost
-    if table.is_row_indexed:
-        raise CommitError(
-            f"table {table.name!r}: {len(lost):,} rows by number of the base are not in the source. No manifest was written; "
-            "export everything"
-        )
-    found = [ids[lost[low:high] - first] for first, low, high, ids in _runs(base, table.name, number, part.rows, lost)]
-    return np.sort(np.concatenate(found))
-
-
-def _runs(
-    base: Package, table: str, number: int, num_rows: int, lost: np.ndarray
-) -> Iterator[tuple[int, int, int, np.ndarray]]:
-    """Yield (first row, first and last place in ``lost``, ids of the run) of runs of a part that hold lost rows."""
-    reader = base.rows_of(table)
+def _list_ids(table: ServedTable, number: int, bits: np.ndarray) -> np.ndarray:
+    """Return the ids of a part whose rows are served and whose bits are not set (int64), in ascending order."""
+    num_rows = table.parts[number].entry.rows
+    lost = np.flatnonzero(np.unpackbits(bits, count=num_rows) == 0)
+    found = [lost[:0]]
     for first in range(0, num_rows, _RUN_ROWS):
         last = min(first + _RUN_ROWS, num_rows)
         low, high = np.searchsorted(lost, [first, last]).tolist()
         if low < high:
-            yield first, low, high, reader.read_ids(number, first, last)
+            ids, is_served = table.read_ids(number, first, last)
+            mine = lost[low:high] - first
+            found.append(ids[mine[is_served[mine]]])
+    ids = np.sort(np.concatenate(found))
+    if len(ids) and table.is_row_indexed:
+        raise CommitError(
+            f"table {table.name!r}: {len(ids):,} rows by number of the base are not in the source. No manifest was written; "
+            "export everything"
+        )
+    return ids

@@ -1,12 +1,13 @@
-"""A delta package and its base as one source: the tables of the delta, with the parts of both.
+"""A delta package and all that is below it as one source: the tables of the delta, with the parts of each layer.
 
-An id may be in a part of both; :mod:`dist_export.delta.replaced_rows` says which row of the base is left out. A table that is
-row-indexed in the base has no ids. Its rows are read as the base has them, with those of the delta on top.
+An id may be in parts of several; :mod:`dist_export.delta.replaced_rows` says which rows are left out. A table that is row-indexed
+in the full package has no ids. Its rows are read as that has them, with those of the deltas on top.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -25,15 +26,16 @@ from dist_export.checkpoint.metadata import (
 )
 from dist_export.checkpoint.package_source import PackageSource, has_row_indexed
 from dist_export.checkpoint.recis.reader import RecisReader
-from dist_export.delta.layered_directory import LayeredDirectory, MadeFile, name_in_base
+from dist_export.delta.layered_directory import LayeredDirectory, MadeFile, name_in_layer
 from dist_export.delta.overlaid_rows import OverlaidRows, list_runs
 from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.recis import EMBEDDING_SLOT
-from dist_export.manifest import TableEntry
+from dist_export.manifest import TableEntry, count_served
 from dist_export.package.reader import Package
+from dist_export.package.slot_reader import SlotReader
 
 OF_DELTA, OF_BASE = 0, 1
-"""Values of ``Parts.layer``."""
+"""Values of ``Parts.layer``; 2 is what the base is on top of, and so on."""
 
 _COLUMNS = ("begin", "end", "size", "rows", "first_row", "layer")
 
@@ -41,8 +43,7 @@ _COLUMNS = ("begin", "end", "size", "rows", "first_row", "layer")
 class LayeredShare(NamedTuple):
     """What one rank found in the headers of its share of the files."""
 
-    delta: Any
-    base: Any
+    layers: tuple[Any, ...]
 
 
 class _Rows(NamedTuple):
@@ -57,45 +58,49 @@ class _Rows(NamedTuple):
 
 
 class LayeredReader:
-    """Reads both packages. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
+    """Reads all packages. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
     def __init__(self, package: Package) -> None:
         """``package`` is a delta that is open with its base. CheckpointError if one cannot be read."""
-        assert package.base is not None
-        self._package, self._base = package, package.base
-        self._readers = _open(package), _open(package.base)
-        self._border = len(self._readers[0].files)
-        in_base = [replace(file, name=name_in_base(file.name)) for file in self._readers[1].files]
-        self.files: tuple[SourceFile, ...] = (*self._readers[0].files, *in_base)
+        self._package = package
+        self._readers = [_open(layer) for layer in package.layers]
+        self._borders = np.cumsum([0, *(len(reader.files) for reader in self._readers)]).tolist()
+        self.files: tuple[SourceFile, ...] = tuple(
+            replace(file, name=name_in_layer(layer, file.name))
+            for layer, reader in enumerate(self._readers)
+            for file in reader.files
+        )
 
     def read_headers(self, files: range) -> LayeredShare:
         """Read the headers of these files. CheckpointError where one is damaged."""
-        mine = range(min(files.start, self._border), min(files.stop, self._border))
-        others = range(max(files.start - self._border, 0), max(files.stop - self._border, 0))
-        return LayeredShare(self._readers[0].read_headers(mine), self._readers[1].read_headers(others))
+        shares = []
+        for reader, (begin, end) in zip(self._readers, itertools.pairwise(self._borders), strict=True):
+            start, stop = (min(max(edge, begin), end) - begin for edge in (files.start, files.stop))
+            shares.append(reader.read_headers(range(start, stop)))
+        return LayeredShare(tuple(shares))
 
     def assemble(self, shares: Sequence[LayeredShare]) -> Checkpoint:
         """Put the tables together. CheckpointError if the shards are not what the manifests say."""
-        delta = self._readers[0].assemble([share.delta for share in shares])
-        base = self._readers[1].assemble([share.base for share in shares])
+        checkpoints = [
+            reader.assemble([share.layers[layer] for share in shares]) for layer, reader in enumerate(self._readers)
+        ]
         try:
-            return _Join(self._package, self.files, self._border, delta, base).join()
+            return _Join(self._package, self.files, self._borders, checkpoints).join()
         except PackageError as error:
             raise CheckpointError(str(error)) from error
 
 
 class _Join:
-    """Puts the tables of two checkpoints together."""
+    """Puts the tables of the checkpoints of all layers together."""
 
     def __init__(
-        self, package: Package, files: tuple[SourceFile, ...], border: int, delta: Checkpoint, base: Checkpoint
+        self, package: Package, files: tuple[SourceFile, ...], borders: Sequence[int], checkpoints: Sequence[Checkpoint]
     ) -> None:
-        assert package.base is not None
-        self._package, self._base_package = package, package.base
+        self._package = package
         self._files = list(files)
-        self._border = border
-        self._delta, self._base = delta, base
-        self._numbers = [{table.name: place for place, table in enumerate(its.tables)} for its in (delta, base)]
+        self._borders = borders
+        self._checkpoints = checkpoints
+        self._numbers = [{table.name: place for place, table in enumerate(its.tables)} for its in checkpoints]
         self._made: dict[str, MadeFile] = {}
 
     def join(self) -> Checkpoint:
@@ -103,10 +108,10 @@ class _Join:
         entries = self._package.manifest.tables
         tables, rows = zip(*(self._join_table(entry) for entry in entries), strict=True) if entries else ((), ())
         width = max((its.file.shape[1] for its in rows), default=1)
-        digests = f"{self._package.manifest.digest} {self._base_package.manifest.digest}"
+        layers = self._package.layers
         return Checkpoint(
             format="package",
-            directory=LayeredDirectory(self._package.directory, self._base_package.directory, self._made),
+            directory=LayeredDirectory([layer.directory for layer in layers], self._made),
             files=tuple(self._files),
             tables=tuple(tables),
             parts=Parts(
@@ -121,39 +126,53 @@ class _Join:
                 offset=_stack([its.offset for its in rows], width, 0, np.int64),
                 key=_stack([its.key for its in rows], width, "", object),
             ),
-            dense=self._delta.dense,  # those of the base are of an earlier state
-            fingerprint=f"xxh3:{xxhash.xxh3_128_hexdigest(digests.encode())}",
+            dense=self._checkpoints[OF_DELTA].dense,  # those below are of an earlier state
+            fingerprint=f"xxh3:{xxhash.xxh3_128_hexdigest(self._version.encode())}",
             copy_hindrances=("it is a delta package with its base, of which new shards are written",),
             verbatim={},
             warnings=(),
         )
 
     def _join_table(self, entry: TableEntry) -> tuple[TableMeta, _Rows]:
-        own, below = (numbers.get(entry.name) for numbers in self._numbers)
+        own = self._numbers[OF_DELTA].get(entry.name)
         if own is None:
             raise CheckpointError(
                 f"{self._package.directory.url}: its index has no table {entry.name!r}, which its manifest.json names; run verify"
             )
-        meta = self._delta.tables[own]
-        rows = self._take(self._delta, own, meta, OF_DELTA)
-        if below is None:
+        meta = self._checkpoints[OF_DELTA].tables[own]
+        bottom, last = self._numbers[-1].get(entry.name), len(self._numbers) - 1
+        if bottom is not None and not self._checkpoints[last].tables[bottom].is_hashed:
+            meta = replace(self._checkpoints[last].tables[bottom], default_row=meta.default_row)
+            rows, above = self._take(meta, last), self._list_above(entry.name)
+            return meta, self._lay_over(entry, meta, rows, above) if above else rows
+        rows = self._take(meta, OF_DELTA)
+        below = [layer for layer, numbers in enumerate(self._numbers) if layer and entry.name in numbers]
+        for layer in below:
+            rows = _concatenate(rows, self._take(meta, layer))
+        if not below:
             return meta, rows
-        if not self._base.tables[below].is_hashed:
-            meta = replace(self._base.tables[below], default_row=meta.default_row)
-            rows = self._take(self._base, below, meta, OF_BASE)
-            return meta, self._lay_over(entry, meta, rows) if entry.rows_out else rows
-        both = _concatenate(rows, self._take(self._base, below, meta, OF_BASE))
         # as in every checkpoint, by the slice
-        return meta, _sort(both, np.lexsort([both.columns[name] for name in ("layer", "size", "end", "begin")]))
+        return meta, _sort(rows, np.lexsort([rows.columns[name] for name in ("layer", "size", "end", "begin")]))
 
-    def _take(self, checkpoint: Checkpoint, number: int, meta: TableMeta, layer: int) -> _Rows:
-        """Return the parts of a table, with its blocks in the order of the slots of ``meta``. CheckpointError."""
+    @property
+    def _version(self) -> str:
+        """Tells these packages from others."""
+        return " ".join(layer.manifest.digest for layer in self._package.layers)
+
+    def _list_above(self, table: str) -> list[SlotReader]:
+        """Return what reads the rows that the deltas have of a table, the last one first."""
+        having = [its for its in self._package.layers[:-1] if any(entry.name == table for entry in its.manifest.tables)]
+        return [its.rows_of(table) for its in having if its.table(table).rows_out]
+
+    def _take(self, meta: TableMeta, layer: int) -> _Rows:
+        """Return a layer's parts of a table, with its blocks in the order of the slots of ``meta``. CheckpointError."""
+        checkpoint, number = self._checkpoints[layer], self._numbers[layer][meta.name]
         slots = {slot.name: slot for slot in checkpoint.tables[number].slots}
         for slot in meta.slots:
             if slot.name not in slots or slots[slot.name].row_bytes != slot.row_bytes:
                 raise CheckpointError(
-                    f"{self._base_package.directory.url}: slot {slot.name!r} of table {meta.name!r} is not that of the delta "
-                    f"{self._package.directory.url}; run verify on both"
+                    f"{self._package.layers[layer].directory.url}: slot {slot.name!r} of table {meta.name!r} is not that of the "
+                    f"delta {self._package.directory.url}; run verify on both"
                 )
         parts, columns = checkpoint.parts, [slots[slot.name].column for slot in meta.slots]
         its = parts.of_table(number)
@@ -163,17 +182,18 @@ class _Join:
         file = checkpoint.blocks.file[mine][:, columns]
         return _Rows(
             {**found, "first_row": first_row, "layer": np.full(len(its), layer)},
-            file if layer == OF_DELTA else np.where(file >= 0, file + self._border, file),
+            np.where(file >= 0, file + self._borders[layer], file),
             checkpoint.blocks.offset[mine][:, columns],
             checkpoint.blocks.key[mine][:, columns],
         )
 
-    def _lay_over(self, entry: TableEntry, meta: TableMeta, rows: _Rows) -> _Rows:
-        """Return the parts of a row-indexed table, whose rows are read with those of the delta on top, and one for new rows."""
-        assert entry.delta
-        num_base, num_new = int(rows.columns["rows"].sum()), getattr(entry.delta, "new", 0)
+    def _lay_over(self, entry: TableEntry, meta: TableMeta, rows: _Rows, above: list[SlotReader]) -> _Rows:
+        """Return the parts of a row-indexed table, whose rows are read with those of the deltas on top, and one for new rows."""
+        num_base, full = int(rows.columns["rows"].sum()), self._package.layers[-1]
+        num_new = max(count_served(entry) - num_base, 0)
         if num_new:
-            last = [num_base, num_base + num_new, num_base + num_new, num_new, num_base, OF_BASE]
+            layer = len(self._numbers) - 1
+            last = [num_base, num_base + num_new, num_base + num_new, num_new, num_base, layer]
             added = {name: np.array([value]) for name, value in zip(_COLUMNS, last, strict=True)}
             none = rows.file[:1] * 0 + ABSENT
             key = np.full(none.shape, f"{meta.name} (new rows)", object)
@@ -181,14 +201,12 @@ class _Join:
         embedding = next(slot for slot in meta.slots if slot.name == EMBEDDING_SLOT)
         total = num_base + num_new
         name = f"table {meta.name}"
-        below, above = self._base_package.rows_of(entry.name), self._package.rows_of(entry.name)
-        runs = list_runs(self._base_package.table(entry.name))
+        below, runs = full.rows_of(entry.name), list_runs(full.table(entry.name))
         made = functools.partial(
             OverlaidRows, f"{self._package.directory.url}: {name}", below, runs, above, row_bytes=embedding.row_bytes
         )
-        version = f"{self._package.manifest.digest} {self._base_package.manifest.digest}"
-        self._made[name] = MadeFile(total * embedding.row_bytes, version, made)
-        self._files.append(SourceFile(name=name, size=total * embedding.row_bytes, version=version))
+        self._made[name] = MadeFile(total * embedding.row_bytes, self._version, made)
+        self._files.append(SourceFile(name=name, size=total * embedding.row_bytes, version=self._version))
         file, offset = rows.file.copy(), rows.offset.copy()
         file[:, embedding.column] = len(self._files) - 1
         offset[:, embedding.column] = rows.columns["first_row"] * embedding.row_bytes

@@ -11,8 +11,22 @@ from dist_export.errors import PlanError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.humanize import few
-from dist_export.manifest import Manifest, SlotEntry, TableEntry
+from dist_export.manifest import Manifest, SlotEntry, TableEntry, count_served
 from dist_export.plan.selection import Selection
+
+
+def state_of(layers: Sequence[Manifest]) -> Manifest:
+    """Return what a package serves as if it were a full one: its tables with the rows and the parts of all that is below it.
+
+    ``layers``: its manifest, that of its base, and so on.
+    """
+    tables = []
+    for table in layers[0].tables:
+        entries = [its for layer in layers for its in layer.tables if its.name == table.name]
+        is_hashed = entries[-1].is_hashed if len(entries) == len(layers) else table.is_hashed
+        parts = tuple(part for its in entries for part in its.parts)
+        tables.append(msgspec.structs.replace(table, is_hashed=is_hashed, rows_out=count_served(table), parts=parts))
+    return msgspec.structs.replace(layers[0], tables=tuple(tables))
 
 
 def row_indexed_in(base: Manifest) -> frozenset[str]:
@@ -62,7 +76,9 @@ def _compare(checkpoint: Checkpoint, selection: Selection, number: int, theirs: 
         return "is a hash table, and that of the checkpoint is row-indexed (see to_hash_tables)"
     if theirs.is_row_indexed and theirs.rows_out > rows and is_whole:
         return f"has {theirs.rows_out:,} rows by number, and that of the checkpoint {rows:,}"
-    if not theirs.is_row_indexed and any(part.rows and part.row_index is msgspec.UNSET for part in theirs.parts):
+    if any(
+        part.rows and part.row_index is msgspec.UNSET and not isinstance(part.first_row, int) for part in theirs.parts
+    ):
         return "has no row index; export the base with row_index: true"
     now = [f"{slot.name} {describe_slot(slot)}" for slot in selection.kept[number] if slot.name != ID_SLOT]
     before = [f"{slot.name} {describe_slot_entry(slot)}" for slot in theirs.kept if slot.name != ID_SLOT]

@@ -1,7 +1,8 @@
-"""The rows of a row-indexed table as its base has them, with those of a delta on top: read like a file, and in no file."""
+"""The rows of a row-indexed table as its base has them, with those of deltas on top: read like a file, and in no file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,12 +29,22 @@ class BaseRun(NamedTuple):
 class OverlaidRows(RangeReader):
     """Row 0 begins at byte 0, and rows follow each other. Any thread."""
 
-    def __init__(self, where: str, base: SlotReader, runs: list[BaseRun], delta: SlotReader, *, row_bytes: int) -> None:
-        """``where`` is for messages; ``runs`` are all rows of the base, in their order. No row is read yet."""
+    def __init__(
+        self, where: str, base: SlotReader, runs: list[BaseRun], deltas: Sequence[SlotReader], *, row_bytes: int
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            where: for messages.
+            base: of the full package.
+            runs: all its rows, in their order.
+            deltas: the last one first.
+            row_bytes: of a row.
+        """
         self.where = where
         self._base = base
         self._runs = runs
-        self._delta = delta
+        self._deltas = deltas
         self._row_bytes = row_bytes
 
     def _fill(self, view: memoryview, offset: int) -> None:
@@ -49,18 +60,19 @@ class OverlaidRows(RangeReader):
             target[low - offset : high - offset] = rows[low - at : high - at]
 
     def _read(self, begin: int, end: int) -> np.ndarray:
-        """Return rows ``begin`` to ``end`` - 1: uint8, (n, row_bytes). TransferError if one is in neither package."""
-        rows, has_row = self._delta.allocate(end - begin)
+        """Return rows ``begin`` to ``end`` - 1: uint8, (n, row_bytes). TransferError if one is in no package."""
+        rows, has_row = self._base.allocate(end - begin)
         for run in self._runs:
             low, high = max(begin, run.begin), min(end, run.end)
             if low < high:
                 rows[low - begin : high - begin] = self._base.read_run(run.part, low - run.begin, high - run.begin).rows
                 has_row[low - begin : high - begin] = True
-        self._delta.fill(np.arange(begin, end), rows, has_row)
+        for delta in reversed(self._deltas):
+            delta.fill(np.arange(begin, end), rows, has_row)
         if not has_row.all():
             missing = begin + int(np.flatnonzero(~has_row)[0])
             raise TransferError(
-                f"{self.where}: row {missing:,} is in neither package. No manifest was written; run verify on both"
+                f"{self.where}: row {missing:,} is in no package. No manifest was written; run verify on all"
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""Which rows of a base a delta package replaces or deletes, as rules for the rows of both as one source."""
+"""Which rows of a layer the deltas above it replace or delete, as rules for the rows of all as one source."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.prune_rules import REPLACED
-from dist_export.delta.layered_directory import name_in_base
-from dist_export.delta.layered_source import OF_BASE
+from dist_export.delta.layered_directory import name_in_layer
+from dist_export.delta.layered_source import OF_BASE, OF_DELTA
 from dist_export.errors import CheckpointError, PackageError, PlanError
 from dist_export.formats.deleted_ids import ID, deleted_name, find_fault
 from dist_export.formats.delta_entries import DeletedIdsEntry, DeltaEntry
@@ -19,14 +19,21 @@ from dist_export.ids.thread_cache import HeldValues
 from dist_export.package.reader import Package
 from dist_export.plan.prune import Pruning, TableRule
 
+_ONE_DELTA = 2
+"""Layers of a delta on a full package."""
 _DELETED_BYTES = 24
 """Bytes that a thread holds for each deleted id of one shard of the base: as it is read, and in the list that is searched."""
 
 
-class ReplacedRows:
-    """Which rows of the base the delta replaces or deletes. Any thread. See :class:`~dist_export.plan.prune.LeftRows`.
+_LISTED_BYTES = 12
+"""Bytes that a rank holds for each deleted id of a chain: in the list that is searched, with its sieve."""
 
-    A thread holds the ids that are deleted from one shard of the base.
+
+class ReplacedRows:
+    """Which rows of a layer the deltas above it replace or delete. Any thread. See :class:`~dist_export.plan.prune.LeftRows`.
+
+    A thread holds the ids that are deleted from one shard of the base. Of a chain, a rank holds all deleted ids: a shard's name
+    does not say which layer an id is deleted from.
     """
 
     def __init__(self, checkpoint: Checkpoint, package: Package, *, threads: int) -> None:
@@ -34,12 +41,13 @@ class ReplacedRows:
         assert checkpoint.parts.layer is not None
         assert package.base is not None
         self._checkpoint, self._package = checkpoint, package
-        self._is_base = checkpoint.parts.layer == OF_BASE
+        self._layer = checkpoint.parts.layer
         names = [table.name for table in checkpoint.tables]
-        self._readers = [package.rows_of(name) for name in names]
+        self._deltas = [[its for its in package.layers[:-1] if has_table(its, name)] for name in names]
+        """By table, the deltas that have it, the last one first."""
         self._lists = [_lists_of(package.table(name).delta) for name in names]
         shards = {part.file for table in package.base.manifest.tables for part in table.parts}
-        self._file_of_shard = {name_in_base(shard): deleted_name(shard) for shard in shards}
+        self._file_of_shard = {name_in_layer(OF_BASE, shard): deleted_name(shard) for shard in shards}
         self._of_shards = frozenset(self._file_of_shard.values())
         self._held: HeldValues[IdList] = HeldValues()
         self._threads = threads
@@ -47,6 +55,13 @@ class ReplacedRows:
     @property
     def num_bytes(self) -> int:
         """Bytes that the threads hold."""
+        if len(self._package.layers) > _ONE_DELTA:
+            return _LISTED_BYTES * sum(
+                its.delta.deleted
+                for layer in self._package.layers
+                for its in layer.manifest.tables
+                if isinstance(its.delta, DeltaEntry)
+            )
         by_file = Counter[str]()
         for lists in self._lists:
             for its in lists:
@@ -58,20 +73,29 @@ class ReplacedRows:
     def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: RowReader) -> np.ndarray:
         """Return which rows are needless; see :class:`~dist_export.plan.prune.LeftRows`. CheckpointError for a damaged delta."""
         del first_row, reader
-        if not self._is_base[part]:
-            return np.zeros(len(ids), bool)
-        table = int(self._checkpoint.parts.table[part])
+        table, layer = int(self._checkpoint.parts.table[part]), int(self._layer[part])
+        found = np.zeros(len(ids), bool)
+        if layer == OF_DELTA:
+            return found
+        name = self._checkpoint.tables[table].name
+        above = self._package.layers[:layer]
         try:
-            found = self._readers[table].contains(ids)
-            if (deleted := self._deleted_from(table, part)) is not None:
-                found |= deleted.contains(ids)
+            for its in (delta for delta in self._deltas[table] if delta in above):
+                found |= its.rows_of(name).contains(ids)
+                deleted = (
+                    self._deleted_from(table, part)
+                    if len(self._package.layers) == _ONE_DELTA
+                    else its.delta_ids.deleted(its.table(name))
+                )
+                if deleted is not None:
+                    found |= deleted.contains(ids)
         except PackageError as error:
             raise CheckpointError(str(error)) from error
         is_needless: np.ndarray = found & is_kept
         return is_needless
 
     def digest(self) -> bytes:
-        """Return a digest of the delta, which names its base by digest."""
+        """Return a digest of the delta, which names its base by digest, and that its own."""
         return self._package.manifest.digest.encode()
 
     def _deleted_from(self, table: int, part: int) -> IdList | None:
@@ -109,23 +133,31 @@ def plan_replacing(checkpoint: Checkpoint, package: Package, *, threads: int, mo
     """
     rules: list[tuple[TableRule, ...]] = []
     for table in checkpoint.tables:
-        delta = package.table(table.name).delta
-        num_listed = sum(its.ids for its in _lists_of(delta))
-        if isinstance(delta, DeltaEntry) and num_listed != delta.deleted:
-            raise CheckpointError(
-                f"{package.directory.url}: the manifest says {delta.deleted:,} deleted ids of table {table.name!r}, and its "
-                f"lists have {num_listed:,}. Run verify, and export again"
-            )
-        has_any = table.is_hashed and isinstance(delta, DeltaEntry) and delta.changed + delta.deleted > 0
+        has_any = False
+        for layer in (its for its in package.layers if has_table(its, table.name)):
+            delta = layer.table(table.name).delta
+            num_listed = sum(its.ids for its in _lists_of(delta))
+            if isinstance(delta, DeltaEntry) and num_listed != delta.deleted:
+                raise CheckpointError(
+                    f"{layer.directory.url}: the manifest says {delta.deleted:,} deleted ids of table {table.name!r}, and its "
+                    f"lists have {num_listed:,}. Run verify, and export again"
+                )
+            has_any |= table.is_hashed and isinstance(delta, DeltaEntry) and delta.changed + delta.deleted > 0
         rules.append((TableRule(REPLACED, None, 0, None, None),) if has_any else ())
     replaced = ReplacedRows(checkpoint, package, threads=threads)
     if replaced.num_bytes > most_bytes:
+        which = "from one shard of the base" if len(package.layers) == _ONE_DELTA else "by all deltas"
         raise PlanError(
-            f"{package.directory.url}: the ids that are deleted from one shard of the base take {replaced.num_bytes:,} bytes for "
+            f"{package.directory.url}: the ids that are deleted {which} take {replaced.num_bytes:,} bytes for "
             f"{threads} threads, and {most_bytes:,} of max_memory are for that. Raise max_memory to "
             f"{-(-2 * replaced.num_bytes >> 20)}MiB, or lower threads"
         )
     return Pruning(rules=tuple(rules), same=replaced)
+
+
+def has_table(package: Package, name: str) -> bool:
+    """Return whether a package itself names a table."""
+    return any(entry.name == name for entry in package.manifest.tables)
 
 
 def _lists_of(delta: object) -> tuple[DeletedIdsEntry, ...]:

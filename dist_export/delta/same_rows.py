@@ -17,9 +17,8 @@ from dist_export.formats.row_encodings import RowCast
 from dist_export.formats.row_fingerprints import fingerprint_rows
 from dist_export.kernels.selection import select_kernels
 from dist_export.package.reader import Package
-from dist_export.package.row_fingerprints import PartFingerprints, open_fingerprints
-from dist_export.package.row_follower import RowFollower
-from dist_export.package.slot_reader import SlotReader
+from dist_export.package.row_fingerprints import PartFingerprints
+from dist_export.package.served_table import ServedTable, estimate_bytes
 from dist_export.plan.casts import cast_of
 from dist_export.plan.selection import Selection
 
@@ -44,7 +43,8 @@ class _Slot(NamedTuple):
     stored_bytes: int
     written_bytes: int
     cast: RowCast | None
-    in_base: SlotReader
+    name: str
+    """In the base."""
 
 
 class _Rows:
@@ -111,10 +111,13 @@ class BaseRows:
         self.ignored = find_ignored(selection, ignored)
         """By table, which of its slots are not compared."""
         slots_of = [self._list_slots(table, selection) for table in range(len(checkpoint.tables))]
-        self._finders = [RowFollower(slots[0].in_base) for slots in slots_of]
+        self.served = [
+            ServedTable(base, table.name, slot=slots[0].name)
+            for table, slots in zip(checkpoint.tables, slots_of, strict=True)
+        ]
+        """By table, the rows that base and what is below it serve."""
         self._slots = [
-            [slot for slot in slots if slot.in_base.slot.name not in self.ignored[table]]
-            for table, slots in enumerate(slots_of)
+            [slot for slot in slots if slot.name not in self.ignored[table]] for table, slots in enumerate(slots_of)
         ]
         self._bits: dict[int, np.ndarray] = {}
         """By part, one bit a row: whether it is the same."""
@@ -127,8 +130,8 @@ class BaseRows:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that it holds in memory for long, apart from one bit a row: none."""
-        return 0
+        """Bytes that it holds in memory for long, apart from one bit a row: the merged ids of a chain."""
+        return estimate_bytes(self._base)
 
     def digest(self) -> bytes:
         """Return a digest of the base and of what is not compared."""
@@ -141,7 +144,7 @@ class BaseRows:
 
     @property
     def seen(self) -> dict[tuple[int, int], np.ndarray]:
-        """By table and part of the base, which of its rows this rank has found in the source: one bit a row, uint8."""
+        """By table and number of a served part, which of its rows this rank has found in the source: one bit a row, uint8."""
         return dict(self._seen)
 
     def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: RowReader) -> np.ndarray:
@@ -170,8 +173,8 @@ class BaseRows:
             if written.name == ID_SLOT:
                 continue
             stored = meta.slots[written.column]
-            in_base = self._base.rows_of(meta.name, slot=written.name)
-            slots.append(_Slot(written.column, stored.row_bytes, written.row_bytes, cast_of(stored, written), in_base))
+            cast = cast_of(stored, written)
+            slots.append(_Slot(written.column, stored.row_bytes, written.row_bytes, cast, written.name))
         return slots
 
     def _compare(
@@ -206,7 +209,7 @@ class BaseRows:
         ``asked``: which rows to compare (int64); None for all.
         """
         num_found = 0
-        for number, wanted, rows_there in self._finders[table].find(ids if asked is None else ids[asked]):
+        for number, wanted, rows_there in self.served[table].find(ids if asked is None else ids[asked]):
             positions, found = wanted if asked is None else asked[wanted], rows_there
             if len(found) and found.min() < 0:
                 positions, found = positions[found >= 0], found[found >= 0]
@@ -220,7 +223,7 @@ class BaseRows:
                 continue
             is_equal = np.ones(len(found), bool)
             for slot, rows in zip(self._slots[table], now.slots, strict=True):
-                is_equal &= _are_equal(rows[its], slot.in_base.take(number, found))
+                is_equal &= _are_equal(rows[its], self.served[table].take(number, found, slot=slot.name))
             is_same[its] = is_equal
         return num_found
 
@@ -228,14 +231,14 @@ class BaseRows:
         """Return the fingerprints of a part of the base; None if it has none."""
         key = (table, number)
         if key not in self._fingerprints:  # two threads may open them both, and either is good
-            self._fingerprints[key] = open_fingerprints(self._base, self._checkpoint.tables[table].name, number)
+            self._fingerprints[key] = self.served[table].open_fingerprints(number)
         return self._fingerprints[key]
 
     def _mark(self, table: int, number: int, rows: np.ndarray) -> None:
         """Note rows of a part of the base whose ids the source has."""
-        part = self._base.table(self._checkpoint.tables[table].name).parts[number]
+        num_rows = self.served[table].parts[number].entry.rows
         with self._lock:  # threads may add to one byte
-            bits = self._seen.setdefault((table, number), np.zeros(-(-part.rows // 8), np.uint8))
+            bits = self._seen.setdefault((table, number), np.zeros(-(-num_rows // 8), np.uint8))
             select_kernels().mark_rows(bits, rows)
 
     def _keep(self, part: int, first_row: int, is_same: np.ndarray) -> None:

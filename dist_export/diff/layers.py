@@ -1,4 +1,4 @@
-"""The rows of a package that may be a delta: how many there are, and of which ids the delta itself says anything."""
+"""The rows of a package that may be a delta: how many there are, and of which ids a delta itself says anything."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ def has_shared_base(a: Package, b: Package) -> bool:
     return (a.is_delta or b.is_delta) and digests[0] == digests[1]
 
 
-def find_in_base(package: Package, table: str) -> TableEntry | None:
-    """Return the entry of a table in the base of a package; None if there is no base, or it has no such table."""
-    if package.base is None:
-        return None
-    return next((entry for entry in package.base.manifest.tables if entry.name == table), None)
+def list_below(package: Package, table: str) -> list[tuple[int, TableEntry]]:
+    """Return the packages below one that have a table: their numbers in ``package.layers``, and their entries of it."""
+    return [
+        (number, entry)
+        for number, layer in enumerate(package.layers)
+        for entry in layer.manifest.tables
+        if number and entry.name == table
+    ]
 
 
 def is_row_indexed(package: Package, table: TableEntry) -> bool:
-    """Whether rows are found by their numbers: a delta has these as ids."""
-    below = find_in_base(package, table.name)
-    return table.is_row_indexed if below is None else below.is_row_indexed
+    """Whether rows are found by their numbers: deltas have these as ids."""
+    return any(entry.is_row_indexed for entry in (table, *(below for _, below in list_below(package, table.name))))
 
 
 def says_nothing(table: TableEntry) -> bool:
@@ -40,7 +42,12 @@ def says_nothing(table: TableEntry) -> bool:
 
 
 def is_said(package: Package, table: str, ids: np.ndarray) -> np.ndarray:
-    """Return of which ids (int64, (n,)) a delta itself says anything: it has their rows, or they are deleted. bool, (n,)."""
+    """Return of which ids (int64, (n,)) a delta itself says anything: it has their rows, or they are deleted. bool, (n,).
+
+    Of a table that the delta does not have it says nothing.
+    """
+    if not any(entry.name == table for entry in package.manifest.tables):
+        return np.zeros(len(ids), bool)
     said = has_own(package, table, ids)
     deleted = package.deleted_ids(table)
     if len(deleted):

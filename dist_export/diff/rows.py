@@ -15,11 +15,11 @@ from dist_export.diff.entries import TableDiff
 from dist_export.diff.layers import (
     check_sum,
     count_rows,
-    find_in_base,
     has_own,
     has_shared_base,
     is_row_indexed,
     is_said,
+    list_below,
     says_nothing,
 )
 from dist_export.errors import PackageError
@@ -35,7 +35,7 @@ COPIES = 6
 
 
 OWN, OF_BASE, OF_A, DELETED_IN_A = "own", "of_base", "of_a", "deleted_in_a"
-"""Whose rows a run has: B's own; those that its base keeps for it; A's own that B has not; ids that A deletes and B has not."""
+"""Whose rows a run has: B's own; those below B that are its; A's own that B has not; ids that A deletes and B has not."""
 
 
 class Run(NamedTuple):
@@ -50,6 +50,8 @@ class Run(NamedTuple):
     is_same: bool
     """Whether A has the same bytes by the digests of both files: then nothing is read."""
     source: str = OWN
+    layer: int = 0
+    """The number of the package in ``layers`` of B."""
 
 
 class RunCounts(NamedTuple):
@@ -118,32 +120,34 @@ def cut_runs(paired: PairedTable, one: Package, two: Package, *, max_bytes: int)
     """Cut what has to be compared into runs of at most so many bytes at work."""
     width = max((row_bytes_of(slot) for pair in paired.slots for slot in pair), default=1)
     step = int(min(MOST_ROWS, max(1, max_bytes // (COPIES * (width + 8)))))
-    name, below = paired.b.name, find_in_base(two, paired.b.name)
+    name, above = paired.b.name, [paired.b]
     is_shared = has_shared_base(one, two)
     runs: list[Run] = []
 
-    def cut(source: str, sizes: Sequence[int], same: Sequence[bool] = ()) -> None:
+    def cut(source: str, sizes: Sequence[int], same: Sequence[bool] = (), layer: int = 0) -> None:
         for part, rows in enumerate(sizes):
             is_same = bool(same) and same[part]
             for first in range(0, rows, max(1, rows) if is_same else step):
                 last = rows if is_same else min(first + step, rows)
-                runs.append(Run(name, part, first, last, 0 if is_same else (last - first) * width, is_same, source))
+                runs.append(
+                    Run(name, part, first, last, 0 if is_same else (last - first) * width, is_same, source, layer)
+                )
 
     if two.is_delta or not is_shared:
         cut(OWN, [part.rows for part in paired.b.parts], _list_same(paired.b, two, paired.a, one))
-    if below is not None and not is_shared:
+    for layer, below in [] if is_shared else list_below(two, name):
         # of a part whose rows are not all B's, somebody has to count those that are
-        same = _list_same(below, two.base, paired.a, one) if says_nothing(paired.b) else ()
-        cut(OF_BASE, [part.rows for part in below.parts], same)
+        same = _list_same(below, two.layers[layer], paired.a, one) if all(map(says_nothing, above)) else ()
+        cut(OF_BASE, [part.rows for part in below.parts], same, layer)
+        above.append(below)
     if one.is_delta and is_shared:
         cut(OF_A, [part.rows for part in paired.a.parts])
         cut(DELETED_IN_A, [len(one.deleted_ids(name))])
     return runs
 
 
-def _list_same(theirs: TableEntry, two: Package | None, ours: TableEntry, one: Package) -> list[bool]:
+def _list_same(theirs: TableEntry, two: Package, ours: TableEntry, one: Package) -> list[bool]:
     """Return by part of a table of B whether A has a part with the same bytes."""
-    assert two is not None
     digests = [{file.path: file.digest for file in package.manifest.files} for package in (one, two)]
     return [any(_has_same_bytes(its, part, digests[0], digests[1]) for its in ours.parts) for part in theirs.parts]
 
@@ -190,9 +194,8 @@ def _read_both(
         rows, is_in_b = b.lookup(run.table, ids, slot=theirs, raw=True)
         return found, rows, np.ones(len(ids), bool), is_in_b & ~has_own(b, run.table, ids)
     if run.source == OF_BASE:
-        assert b.base is not None
-        ids, rows = b.base.read_run(run.table, run.part, run.first, run.last, slot=theirs)
-        is_in_b = ~is_said(b, run.table, ids)
+        ids, rows = b.layers[run.layer].read_run(run.table, run.part, run.first, run.last, slot=theirs)
+        is_in_b = ~np.any([is_said(above, run.table, ids) for above in b.layers[: run.layer]], axis=0)
     else:
         ids, rows = b.read_run(run.table, run.part, run.first, run.last, slot=theirs)
         is_in_b = np.ones(len(ids), bool)

@@ -10,6 +10,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """A number of rows, bytes or elements, within the limits of a file."""
 
 
+MOST_LINKS = 8
+"""Deltas on top of each other and of a full package."""
+
+
 class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Where the row fingerprints of a part are. :mod:`dist_export.formats.row_fingerprints` describes their file."""
 
@@ -20,7 +24,7 @@ class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Another package: the full package that a delta package goes on top of, or what a compacted package was made of."""
+    """Another package: what a delta package goes on top of, full or a delta itself, or what a compacted one was made of."""
 
     path: str
     """Where it was at the export: a directory or an fsspec URL. A base that was moved together with its deltas is found beside
@@ -38,7 +42,10 @@ class CompactedEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The packages that a compacted package was made of. Nothing of them is needed to read it."""
 
     delta: BaseEntry
+    between: tuple[BaseEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """The deltas between the two, the last one first, if there are any."""
     base: BaseEntry
+    """The full package."""
 
 
 class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -66,3 +73,8 @@ class DeltaEntry(msgspec.Struct, frozen=True, kw_only=True):
     deleted_ids: tuple[DeletedIdsEntry, ...] = ()
     ignored_slots: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     """Slots that were not compared, if any: of a row that is the same they may differ, and serving gets the base's."""
+
+    @property
+    def rows_served(self) -> int:
+        """Rows of the table in delta and base together."""
+        return self.same + self.changed + self.new

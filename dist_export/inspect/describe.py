@@ -28,9 +28,10 @@ from dist_export.formats.recis_index import split_internal, split_stem
 from dist_export.formats.row_fingerprints import SUFFIX
 from dist_export.inspect.checkpoints import describe_source, render_skipped, render_source
 from dist_export.inspect.dcp import describe_dcp, render_dcp
-from dist_export.manifest import MANIFEST, DeltaEntry, ScoreEntry, ServingEntry, SlotEntry, TensorEntry
+from dist_export.manifest import MANIFEST, DeltaEntry, Manifest, ScoreEntry, ServingEntry, SlotEntry, TensorEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import read_header, read_indexes
+from dist_export.registry.bases import follow
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_place
 
@@ -97,8 +98,13 @@ def render(found: dict[str, Any]) -> list[str]:
     if base := found.get("base"):
         alone = ", a new dense part alone" if base.get("dense_only") else ""
         lines.append(f"  {'base':<10} {base['path']} (digest {base['digest']}){alone}")
+    if chain := found.get("chain"):
+        lines.append(f"  {'chain':<10} {' on '.join(chain)}")
+    if lack := found.get("lack"):
+        lines.append(f"  {'lack':<10} it {lack}")
     if compacted := found.get("compacted"):
-        lines.append(f"  {'made of':<10} {compacted['delta']['path']} and its base {compacted['base']['path']}")
+        links = [compacted["delta"], *compacted.get("between", ()), compacted["base"]]
+        lines.append(f"  {'made of':<10} {' and its base '.join(its['path'] for its in links)}")
     if found.get("row_fingerprints"):
         lines.append(f"  row fingerprints: {found['row_fingerprints']:,} of these bytes")
     width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
@@ -144,6 +150,17 @@ def render_errors(cast: dict[str, Any]) -> str:
     return f"largest error {cast['max_abs_error']:.3g}, mean {cast['mean_abs_error']:.3g}{told}"
 
 
+def _describe_chain(directory: Directory, manifest: Manifest) -> dict[str, Any]:
+    """Return where all packages of a chain are, and what lacks of it; nothing about a package that needs no other delta."""
+    try:
+        links, lack = follow(directory, manifest)
+    except ConfigError as error:
+        return {"lack": f"needs a package that cannot be looked at: {error}"}
+    if len(links) == 1 or (len(links) == 2 and not lack):
+        return {}
+    return {"chain": [place.url for place, _ in links], **({"lack": lack} if lack else {})}
+
+
 def _describe_package(directory: Directory) -> dict[str, Any]:
     try:
         manifest = Package(directory, opens_base=False).manifest
@@ -162,6 +179,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "row_fingerprints": sum(file.num_bytes for file in manifest.files if file.path.endswith(SUFFIX)),
         "digest": manifest.digest,
         **({} if manifest.base is msgspec.UNSET else {"base": msgspec.to_builtins(manifest.base)}),
+        **_describe_chain(directory, manifest),
         **({} if manifest.compacted is msgspec.UNSET else {"compacted": msgspec.to_builtins(manifest.compacted)}),
         "tables": [
             {

@@ -43,13 +43,13 @@ def find_base(
     Args:
         delta: the directory of the delta package.
         manifest: its manifest.
-        open_package: opens the full package in a directory.
+        open_package: opens the package in a directory, without what is below it.
         given: the only directory to look in. By default the base is where the manifest says, or beside the delta.
         known: packages that are open already. The base is one of them if it can be.
 
     Raises:
         WrongBaseError: ``given`` is not the base.
-        PackageError: no directory has the base, the base is a delta package itself, or its slots are not those of the delta.
+        PackageError: no directory has the base, or its slots are not those of the delta.
     """
     entry = manifest.base
     assert isinstance(entry, BaseEntry)
@@ -91,8 +91,6 @@ def check_fit(delta: Directory, manifest: Manifest, base: Directory, found: Mani
 
 def find_misfit(delta: Manifest, base: Manifest) -> str:
     """Return why a package cannot be the base of a delta package, as the end of a sentence; empty if it can."""
-    if base.base is not msgspec.UNSET:
-        return "that is a delta package itself, and a base is a full package"
     if file := base.find_undigested():
         return f"its {file} was written with digest: none, so nothing tells its rows from others; export both again with digests"
     tables = {table.name: table for table in base.tables}

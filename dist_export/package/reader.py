@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,9 +16,8 @@ from dist_export.formats.dtypes import CODE_BY_TORCH
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.safetensors import Header
 from dist_export.manifest import Manifest, TableEntry
-from dist_export.package.base import find_base
 from dist_export.package.dense_inputs import dense_inputs_of
-from dist_export.package.layers import DeltaIds, LayeredReader
+from dist_export.package.layered_package import LayeredPackage
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.open_count import OpenCount
 from dist_export.package.opening import list_files_to_hold, open_committed, open_written
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from dist_export.package.score import Scorer
 
 
-class Package:
+class Package(LayeredPackage):
     """A committed package. ``manifest`` describes it. Other files are only read when they are needed.
 
     It reads the package that was opened. If that was replaced and can no longer be read, it raises PackageError. Any thread
@@ -70,16 +69,13 @@ class Package:
             open_committed(directory) if unpublished is None else open_written(directory, unpublished)
         )
         self._readers_of_files = OpenCount(self.files.close)
-        self._leave = [self._readers_of_files.join(self)]
-        self.base: Package | None = None
         self._cache_dir = cache_dir
         self._cache: LocalCache | None = None
         if cache_dir is not None and not directory.is_local:
             self._cache = LocalCache(cache_dir, self.files, self.manifest.digest)
         self._headers = ShardHeaders(self.files)
         self._readers: dict[tuple[str, str], SlotReader] = {}
-        self._layered: dict[tuple[str, str], LayeredReader] = {}
-        self._delta_ids = DeltaIds(self.files)
+        self._prepare_layers()
         self._scorer: Scorer | None = None
         self._lock = threading.Lock()
         if base_directory is not None and not self.is_delta:
@@ -91,30 +87,6 @@ class Package:
             except PackageError:
                 self.close()
                 raise
-
-    @property
-    def is_delta(self) -> bool:
-        """Whether this is a delta package, whose other rows are in its base."""
-        return self.manifest.base is not msgspec.UNSET
-
-    def open_base(self, directory: Directory | None = None, *, opened: Package | None = None) -> None:
-        """Open the base of a delta package, as the constructor does with these arguments.
-
-        Raises:
-            PackageError: the base is not found, or is not the one that the delta was made on top of.
-        """
-        known = [package for package in (opened, opened and opened.base) if package is not None]
-        base = find_base(
-            self.directory,
-            self.manifest,
-            lambda place: Package(place, cache_dir=self._cache_dir, opens_base=False),
-            given=directory,
-            known=known,
-        )
-        self.base = base
-        self._leave.append(base._readers_of_files.join(self))  # noqa: SLF001 -- of the same class
-        if base not in known:
-            base.close()  # from now on it is closed with the last delta package that reads it
 
     def hold(self) -> None:
         """Open the files on a disk that lookups and :meth:`load_program` read, as many as descriptors allow.
@@ -130,10 +102,15 @@ class Package:
         for leave in self._leave:
             leave()
 
+    @classmethod
+    def open_alone(cls, directory: Directory, cache_dir: str | os.PathLike[str] | None) -> Package:
+        """Open a package without what is below it."""
+        return cls(directory, cache_dir=cache_dir, opens_base=False)
+
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Let another process open the package again, without the descriptors. It raises PackageError if it was replaced."""
-        base = None if self.base is None else self.base.directory
-        return _open_again, (self.directory, self.manifest.digest, self._cache_dir, base)
+        below = [layer.directory for layer in self.layers[1:]]
+        return _open_again, (self.directory, self.manifest.digest, self._cache_dir, below)
 
     def __enter__(self) -> Package:
         return self
@@ -173,7 +150,7 @@ class Package:
             PackageError: the table or slot does not exist, or the package is damaged or was replaced.
             TypeError: the ids are not integers.
         """
-        reader = self._layered_reader(table, slot) if self.is_delta else self.rows_of(table, slot=slot)
+        reader = self.layered_reader(table, slot) if self.is_delta else self.rows_of(table, slot=slot)
         entry, kept = self.table(table), reader.slot
         asked = np.asarray(ids)
         if asked.dtype.kind not in "iu" and asked.size:  # floats would silently become other ids
@@ -217,26 +194,6 @@ class Package:
         reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes, cache=self._cache)
         self._readers[table, slot] = reader
         return reader
-
-    def _layered_reader(self, table: str, slot: str) -> LayeredReader:
-        """Return what reads one slot of a table from a delta package and its base. PackageError as :meth:`rows_of`."""
-        reader = self._layered.get((table, slot))
-        if reader is None:
-            if self.base is None:
-                raise PackageError(f"{self.directory.url} is a delta package, and was opened without its base")
-            has_table = any(entry.name == table for entry in self.base.manifest.tables)
-            below = self.base.rows_of(table, slot=slot) if has_table else None
-            reader = LayeredReader(self.table(table), below, self.rows_of(table, slot=slot), self._delta_ids)
-            self._layered[table, slot] = reader
-        return reader
-
-    def deleted_ids(self, table: str) -> np.ndarray:
-        """Return the ids of the base that a delta package takes away, int64 (n,), in ascending order.
-
-        PackageError if there is no such table, or the files are damaged.
-        """
-        deleted = self._delta_ids.deleted(self.table(table)) if self.is_delta else None
-        return np.zeros(0, np.int64) if deleted is None else deleted.ids
 
     def default_row(self, table: str) -> np.ndarray:
         """Return the row that :meth:`lookup` gives for an out-of-vocabulary id, as it would be stored: uint8, (row_bytes,).
@@ -347,13 +304,13 @@ class Package:
 
 
 def _open_again(
-    directory: Directory, digest: str, cache_dir: str | os.PathLike[str] | None, base: Directory | None
+    directory: Directory, digest: str, cache_dir: str | os.PathLike[str] | None, below: Sequence[Directory]
 ) -> Package:
     package = Package(directory, cache_dir=cache_dir, opens_base=False)
     if package.manifest.digest != digest:
         raise PackageError(f"{directory.url}: the package was replaced since it was opened; open it again")
-    if base is not None:
-        package.open_base(base)
+    if below:
+        package.open_base(below[0], below=below[1:])
     package.hold()
     return package
 

@@ -177,6 +177,12 @@ class SlotReader:
         self._take(number, np.arange(len(found)), found, has_row, rows)
         return rows
 
+    def copy_rows(
+        self, number: int, found: np.ndarray, targets: np.ndarray, rows: np.ndarray, has_row: np.ndarray
+    ) -> None:
+        """Write rows ``found`` (int64) of a part into ``rows[targets]``, in arrays of :meth:`allocate`."""
+        self._take(number, targets, found, has_row, rows)
+
     def allocate(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Return room for rows, uint8 (n, row_bytes), and for which ids have one, bool (n,), all false.
 

@@ -12,7 +12,7 @@ import numpy as np
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
-from dist_export.delta.mismatch import find_mismatch, row_indexed_in
+from dist_export.delta.mismatch import find_mismatch, row_indexed_in, state_of
 from dist_export.errors import CommitError, ConfigError, DistExportError, ExportError, PackageError, PlanError
 from dist_export.formats.recis import HASH_SIZE
 from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
@@ -34,18 +34,27 @@ class FoundBase(NamedTuple):
     """What the setting ``base`` leads to."""
 
     directory: str | None = None
-    """The full package; None if everything is exported."""
+    """The package; None if everything is exported."""
     digest: str = ""
     """Of its manifest."""
     note: str = ""
 
-    def settings(self, config: ExportConfig) -> dict[str, Any]:
-        """Return the settings with the directory in the place of what was given."""
-        return {"base": self.directory, "on_base_mismatch": config.on_base_mismatch if self.directory else "error"}
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings with the directory in the place of what was given. Without one, those about its use are as if unset."""
+        if self.directory:
+            return {"base": self.directory}
+        return {
+            "base": None,
+            "on_base_mismatch": "error",
+            "compare": "fingerprints",
+            "delta_ignore_slots": [],
+            "delta_chain": 1,
+        }
 
 
 def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBase:
-    """Find the full package that a delta goes on top of. Rank 0.
+    """Find the package that a delta goes on top of. Rank 0.
 
     Raises:
         ConfigError: there is none, or it cannot be read, and ``on_base_mismatch`` is ``error``.
@@ -57,9 +66,7 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
         directory = registries.resolve(uri, registry_options).directory
         manifest = _read_manifest(directory, config)
         if manifest.base is not msgspec.UNSET:
-            if config.is_refresh:
-                _refuse_rows(directory, manifest, manifest.base)
-            directory, manifest = _find_below(directory, manifest.base, config)
+            directory, manifest = _choose_link(directory, manifest, config)
         if file := manifest.find_undigested():
             raise ConfigError(
                 f"base {directory} does not fit: its {file} was written with digest: none, so nothing tells its rows from "
@@ -90,8 +97,12 @@ def has_lost_base(export_dir: str, config: ExportConfig) -> bool:
     manifest = _read_committed(export_dir, config)
     if manifest is None or manifest.base is msgspec.UNSET:
         return False
-    found = bases.read_manifest(open_directory(manifest.base.path, config.options_of_target))
-    return found is None or found.digest != manifest.base.digest or bool(found.find_undigested())
+    place = open_directory(manifest.base.path, config.options_of_target)
+    found = bases.read_manifest(place)
+    if found is None or found.digest != manifest.base.digest:
+        return True
+    links, lack = bases.follow(place, found)
+    return bool(lack) or any(its.find_undigested() for _, its in links)
 
 
 def _read_committed(export_dir: str, config: ExportConfig) -> Manifest | None:
@@ -118,15 +129,20 @@ def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
         raise ConfigError(f"base {package.describe(MANIFEST)} cannot be read: {error.strerror or error}") from error
 
 
-def _find_below(delta: str, entry: BaseEntry, config: ExportConfig) -> tuple[str, Manifest]:
-    """Return the base of a delta. ConfigError if it is not there."""
-    found = bases.find_base(open_directory(delta, config.options_of_target), entry)
-    if found is None:
-        raise ConfigError(
-            f"base {config.base} is a delta of {entry.path}, and neither there nor beside it is a package with the manifest "
-            f"{entry.digest}; give another base"
-        )
-    return found[0].location.given, found[1]
+def _choose_link(directory: str, manifest: Manifest, config: ExportConfig) -> tuple[str, Manifest]:
+    """Return what a delta goes on top of, where ``base`` is a delta itself: that one, or the full package at the bottom.
+
+    ConfigError if something below is not there.
+    """
+    links, lack = bases.follow(open_directory(directory, config.options_of_target), manifest)
+    if lack:
+        raise ConfigError(f"base {config.base} {lack}; give another base")
+    if config.is_refresh:
+        for link, its in links[:-1]:
+            assert isinstance(its.base, BaseEntry)
+            _refuse_rows(link.location.given, its, its.base)
+    place, found = links[-1] if len(links) > config.delta_chain else links[0]
+    return place.location.given, found
 
 
 def _refuse_rows(directory: str, delta: Manifest, entry: BaseEntry) -> None:
@@ -142,17 +158,18 @@ def _refuse_rows(directory: str, delta: Manifest, entry: BaseEntry) -> None:
 
 
 def refuse_replaced_base(base: Package) -> None:
-    """Refuse to publish a delta whose base is there no more, before the commit. Rank 0. CommitError."""
-    where = base.directory.describe(MANIFEST)
-    try:
-        found = decode_manifest(base.directory.read_text(MANIFEST), where=where).digest
-    except (OSError, PackageError) as error:
-        found = str(error)
-    if found != base.manifest.digest:
-        raise CommitError(
-            f"{where}: the base had the manifest {base.manifest.digest} when the export began, and now there is {found}. No "
-            "manifest was written; export against the base that is there"
-        )
+    """Refuse to publish a delta whose base, or what that needs, is there no more, before the commit. Rank 0. CommitError."""
+    for layer in base.layers:
+        where = layer.directory.describe(MANIFEST)
+        try:
+            found = decode_manifest(layer.directory.read_text(MANIFEST), where=where).digest
+        except (OSError, PackageError) as error:
+            found = str(error)
+        if found != layer.manifest.digest:
+            raise CommitError(
+                f"{where}: the base had the manifest {layer.manifest.digest} when the export began, and now there is {found}. "
+                "No manifest was written; export against the base that is there"
+            )
 
 
 def describe_base(base: Package, *, has_dense: bool = False) -> BaseEntry:
@@ -182,6 +199,11 @@ def open_base(ranks: Ranks, config: ExportConfig, digest: str, final: Directory)
                 f"base {path} is export_dir, so that the delta would take its place; give another export_dir"
             )
         package = open_package(path, storage_options=config.options_of_target)
+        if any(final.is_same(layer.directory) for layer in package.layers):
+            package.close()
+            raise ConfigError(
+                f"base {path} needs export_dir, whose place the delta would take; give another export_dir"
+            )
         if package.manifest.digest != digest:
             package.close()
             raise ExportError(
@@ -208,14 +230,15 @@ def fit_base(
         return checkpoint, None, []
     # rules for tables whose rows go by number are refused here, before these become hash tables
     pruning = ranks.check("read the rules for rows", lambda: read_pruning(checkpoint, config))
-    fitting = number_rows(checkpoint, row_indexed_in(base.manifest))
+    state = state_of([layer.manifest for layer in base.layers])
+    by_number = row_indexed_in(state)
+    fitting = number_rows(checkpoint, by_number)
 
     def compare() -> str | None:
-        by_number = row_indexed_in(base.manifest)
         for table, rules in zip(fitting.tables, pruning.rules, strict=True):
             if rules and table.name in by_number:
                 return f"its table {table.name!r} is row-indexed, of which no row can be deleted, and prune has a rule for it"
-        return find_mismatch(fitting, choose(fitting, config, world_size)[0], base.manifest)
+        return find_mismatch(fitting, choose(fitting, config, world_size)[0], state)
 
     reason = ranks.check("compare the tables with the base", compare)
     if reason is None:

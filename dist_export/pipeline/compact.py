@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint, SourceFile
-from dist_export.delta.layered_source import OF_BASE, OF_DELTA, LayeredReader
+from dist_export.delta.layered_source import LayeredReader
 from dist_export.delta.overlaid_rows import find_wrong_numbers
-from dist_export.delta.replaced_rows import plan_replacing
+from dist_export.delta.replaced_rows import has_table, plan_replacing
 from dist_export.dense.fg import Features
 from dist_export.errors import CheckpointError, ConfigError, PackageError
 from dist_export.formats.digests import NONE
@@ -102,13 +102,8 @@ class Compaction:
         assert self._package is not None
         return self._package
 
-    @property
-    def _both(self) -> tuple[Package, Package]:
-        assert self.package.base is not None
-        return self.package, self.package.base
-
     def read(self, export: ExportState) -> ExportState:
-        """Open both packages, and read the headers of their shards."""
+        """Open all packages, and read the headers of their shards."""
         task, source = export.task, export.paths.source
         ranks, config = task.ranks, task.config
         assert source is not None
@@ -116,8 +111,7 @@ class Compaction:
 
         def open_it() -> Package:
             package = open_delta(path, self._given, config.storage_options)
-            assert package.base is not None
-            if package.base.directory.is_same(export.paths.final):
+            if any(layer.directory.is_same(export.paths.final) for layer in package.layers):
                 raise ConfigError(
                     f"{config.export_dir} is the base of {path}, whose place the new package would take; give another OUT"
                 )
@@ -125,7 +119,7 @@ class Compaction:
 
         self._package = package = ranks.run("open the delta and its base", open_it)
         task.held.callback(package.close)
-        digests = [its.manifest.digest for its in self._both]
+        digests = [its.manifest.digest for its in self.package.layers]
         with task.reporter.stage("read"):
             checkpoint = read_metadata(ranks, lambda: LayeredReader(package))
             manifest = SourceFile.of(MANIFEST, source.stat(MANIFEST))
@@ -151,7 +145,7 @@ class Compaction:
         return export.grown(read=read, taken_over=TakenFromDelta(package))
 
     def compare_with_digests(self, export: ExportState) -> ExportState:
-        """Compare the files of both packages with their digests, except the row indexes of the base, which are not read."""
+        """Compare the files of all packages with their digests, except the row indexes of the full one, which are not read."""
         task = export.task
         if task.config.digest == NONE:
             return export.grown(
@@ -159,7 +153,7 @@ class Compaction:
             )
         notes: list[str] = []
         with task.reporter.stage("compare"):
-            for package in self._both:
+            for package in self.package.layers:
                 manifest = package.manifest
                 shards = {part.file for table in manifest.tables for part in table.parts}
                 needed = shards | {INDEX, TENSORKEY, MERGED}
@@ -191,7 +185,7 @@ class Compaction:
         assert planned is not None
 
         def look() -> None:
-            for layer, package in zip((OF_DELTA, OF_BASE), self._both, strict=True):
+            for layer, package in enumerate(self.package.layers):
                 _refuse_other_ids(planned, layer, package)
 
         export.task.ranks.broadcast("compare the ids with the manifests", look)
@@ -199,16 +193,17 @@ class Compaction:
 
     def account(self, export: ExportState) -> ExportState:
         """Give each table the account of the delta's checkpoint. CommitError if the rows are not those that it says."""
-        delta, base = self._both
-        below = {table.name: table for table in base.manifest.tables}
+        manifests = [layer.manifest for layer in self.package.layers]
+        layers = {
+            entry.name: [its for manifest in manifests for its in manifest.tables if its.name == entry.name]
+            for entry in export.tables
+        }
 
         def account() -> tuple[Any, ...]:
-            return tuple(
-                account_for_table(entry, delta.table(entry.name), below.get(entry.name)) for entry in export.tables
-            )
+            return tuple(account_for_table(entry, layers[entry.name]) for entry in export.tables)
 
         tables = export.task.ranks.run("account for delta and base", account)
-        return export.grown(tables=tables, notes=note_ignored(tables, delta.manifest))
+        return export.grown(tables=tables, notes=note_ignored(tables, self.package.manifest))
 
 
 def _blame(read: Callable[[], T]) -> T:
@@ -221,11 +216,12 @@ def _blame(read: Callable[[], T]) -> T:
 def _refuse_wrong_numbers(checkpoint: Checkpoint, package: Package) -> None:
     """Refuse ids of the delta that are no row numbers of a row-indexed table. Rank 0. CheckpointError."""
     for table in checkpoint.tables:
-        entry = package.table(table.name)
-        if not table.is_hashed and entry.rows_out:
-            fault = _blame(functools.partial(find_wrong_numbers, package, entry))
-            if fault:
-                raise CheckpointError(f"{package.directory.url}: table {table.name!r}: {fault}; run verify")
+        for layer in (its for its in package.layers[:-1] if has_table(its, table.name)):
+            entry = layer.table(table.name)
+            if not table.is_hashed and entry.rows_out:
+                fault = _blame(functools.partial(find_wrong_numbers, layer, entry))
+                if fault:
+                    raise CheckpointError(f"{layer.directory.url}: table {table.name!r}: {fault}; run verify")
 
 
 def _refuse_other_ids(planned: PlannedSparse, layer: int, package: Package) -> None:

@@ -117,8 +117,7 @@ def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | 
 
 def _count_shards(package: Package) -> int:
     """Return the shards of a full export as the delta says; those of the base if the delta exported no tables."""
-    account, base = package.manifest.account, package.base
-    assert base is not None
+    account, base = package.manifest.account, package.layers[-1]
     has_no_tables = account is not msgspec.UNSET and NO_TABLES in account.left_out
     return base.manifest.num_shards if has_no_tables else package.manifest.num_shards
 
@@ -130,7 +129,6 @@ def _has_more(package: Package) -> bool:
 
 
 def _has_fingerprints(package: Package) -> bool:
-    base = package.base
-    assert base is not None
+    base = package.layers[-1]
     parts = (part for table in base.manifest.tables for part in table.parts)
     return any(part.row_fingerprints is not msgspec.UNSET for part in parts)

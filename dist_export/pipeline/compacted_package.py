@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -34,7 +35,7 @@ class TakenFromDelta(TakenOver):
         """``package`` is the delta, open with its base."""
         super().__init__()
         assert package.base is not None
-        self._delta, self._below = package, package.base
+        self._delta = package
         self._source, self._manifest = package.directory, package.manifest
 
     def read(self) -> dict[str, bytes]:
@@ -46,16 +47,19 @@ class TakenFromDelta(TakenOver):
 
     def describe(self, manifest: Manifest) -> Manifest:
         """Return the manifest that an export of the delta's checkpoint would have. CommitError if a package was replaced."""
-        delta, base = self._delta, self._below
-        for package in (delta, base):
-            refuse_replaced_base(package)
-        own = delta.manifest
+        delta, own = self._delta, self._delta.manifest
+        *between, base = delta.layers[1:]
+        refuse_replaced_base(delta)
         carried = tuple(note for note in dict.fromkeys(own.notes) if note not in manifest.notes)
         return msgspec.structs.replace(
             manifest,
             schema_version=SCHEMA_VERSION,
             source=own.source,
-            compacted=CompactedEntry(delta=describe_base(delta), base=describe_base(base)),
+            compacted=CompactedEntry(
+                delta=describe_base(delta),
+                between=tuple(map(describe_base, between)) or msgspec.UNSET,
+                base=describe_base(base),
+            ),
             left_out_tables=own.left_out_tables,
             account=account_for_bytes(own, base.manifest),
             prune=own.prune,
@@ -116,32 +120,32 @@ def list_table_files(manifest: Manifest) -> set[str]:
     return found
 
 
-def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | None) -> TableEntry:
+def account_for_table(entry: TableEntry, layers: Sequence[TableEntry]) -> TableEntry:
     """Return the entry of a table of the compacted package, with the account of the delta's checkpoint.
 
     Args:
-        entry: as the check of the written files has it, of both packages as the source.
-        own: that of the delta.
-        below: that of the base; None if it has no such table.
+        entry: as the check of the written files has it, of all packages as the source.
+        layers: that of the delta, and those of the packages below it that have such a table.
 
     Raises:
         CommitError: the rows are not those that the account of the delta says.
     """
+    own = layers[0]
     delta = own.delta
     assert isinstance(delta, DeltaEntry)
     dropped = entry.rows_dropped
     found = (entry.rows_out, dropped.get(REPLACED, 0))
     # the rows of a row-indexed table are replaced while they are read
-    wanted = (delta.same + own.rows_out, 0 if entry.is_row_indexed else delta.changed + delta.deleted)
+    num_rows = delta.same + own.rows_out
+    wanted = (num_rows, 0 if entry.is_row_indexed else sum(its.rows_out for its in layers) - num_rows)
     if found != wanted:
         raise CommitError(
-            f"table {entry.name!r}: {found[0]:,} rows were written, and {found[1]:,} of the base replaced or deleted; by the "
-            f"account of the delta it is {wanted[0]:,} and {wanted[1]:,}. No manifest was written; run verify on both packages"
+            f"table {entry.name!r}: {found[0]:,} rows were written, and {found[1]:,} below replaced or deleted; by the "
+            f"account of the delta it is {wanted[0]:,} and {wanted[1]:,}. No manifest was written; run verify on all packages"
         )
     rows_dropped = {reason: rows for reason, rows in own.rows_dropped.items() if reason != SAME}
     # which misplaced rows were dropped, the delta tells together with those that it left to its base
     repaired = own.repaired if rows_dropped else own.misplaced
-    in_base = {} if below is None else {slot.name: slot for slot in below.kept}
     slots = {slot.name: slot for slot in own.kept}
     return msgspec.structs.replace(
         entry,
@@ -152,7 +156,7 @@ def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | No
         duplicates=own.duplicates,
         kept=tuple(
             msgspec.structs.replace(
-                _add_cast(slot, slots.get(slot.name), in_base.get(slot.name)),
+                _add_casts(slot, [its for layer in layers for its in layer.kept if its.name == slot.name]),
                 is_ignored=_is_ignored(delta, slots.get(slot.name)) or msgspec.UNSET,
             )
             for slot in entry.kept
@@ -182,14 +186,15 @@ def note_ignored(tables: tuple[TableEntry, ...], delta: Manifest) -> list[str]:
     ]
 
 
-def _add_cast(slot: SlotEntry, own: SlotEntry | None, below: SlotEntry | None) -> SlotEntry:
-    """Return a slot with the casts of the delta, and those of the base together with them."""
-    if own is None:
+def _add_casts(slot: SlotEntry, layers: Sequence[SlotEntry]) -> SlotEntry:
+    """Return a slot with the casts of the delta, its first layer, and those below it together with them."""
+    if not layers:
         return msgspec.structs.replace(slot, cast=msgspec.UNSET, earlier_casts=msgspec.UNSET)
-    cast = own.cast
-    if isinstance(cast, CastEntry) and below is not None and isinstance(below.cast, CastEntry):
-        cast = _join_casts(cast, below.cast)
-    return msgspec.structs.replace(slot, cast=cast, earlier_casts=own.earlier_casts)
+    cast = layers[0].cast
+    for below in layers[1:]:
+        if isinstance(cast, CastEntry) and isinstance(below.cast, CastEntry):
+            cast = _join_casts(cast, below.cast)
+    return msgspec.structs.replace(slot, cast=cast, earlier_casts=layers[0].earlier_casts)
 
 
 def _join_casts(one: CastEntry, other: CastEntry) -> CastEntry:

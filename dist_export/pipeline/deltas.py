@@ -13,7 +13,7 @@ from dist_export.delta.same_rows import Compared
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CommitError
 from dist_export.formats.deleted_ids import ID
-from dist_export.manifest import DeletedIdsEntry, DeltaEntry, TableEntry
+from dist_export.manifest import DeletedIdsEntry, DeltaEntry, TableEntry, count_served
 from dist_export.package.reader import Package
 from dist_export.pipeline.planning import PlannedSparse, open_written
 from dist_export.pipeline.refresh import account_for_carried
@@ -47,12 +47,12 @@ def account_for_base(export: ExportState) -> ExportState:
         return [_account(entry, in_base[entry.name], its, same.ignored[number]) for number, entry, its in entries]
 
     deltas = ranks.check("account for the base", account)
-    losing = {number: in_base[entry.name] for number, entry, _ in entries if deltas[number].deleted}
+    losing = {number: same.served[number] for number, _, _ in entries if deltas[number].deleted}
     seen = share_seen(ranks, base, losing, same.seen) if losing else {}
     written: Written = {}
 
     def write() -> list[WrittenIds]:
-        return write_deleted(export.target, base, losing, seen, digest=task.config.digest)
+        return write_deleted(export.target, losing, seen, digest=task.config.digest)
 
     with task.reporter.stage("write deleted ids"):
         shares = ranks.all_gather("write the deleted ids", write)
@@ -82,7 +82,7 @@ def _add_untouched(
 
     They are counted as rows that came in and are the same. Of a whole source there are none: what it lacks is deleted.
     """
-    untouched = 0 if is_whole else in_base.rows_out - counts.same - counts.changed
+    untouched = 0 if is_whole else count_served(in_base) - counts.same - counts.changed
     if untouched <= 0:
         return entry, counts
     dropped = {**entry.rows_dropped, SAME: entry.rows_dropped.get(SAME, 0) + untouched}
@@ -92,15 +92,15 @@ def _add_untouched(
 
 def _account(entry: TableEntry, in_base: TableEntry, counts: Compared, ignored: frozenset[str]) -> DeltaEntry:
     same = entry.rows_dropped.get(SAME, 0)
-    deleted = in_base.rows_out - counts.same - counts.changed
+    deleted = count_served(in_base) - counts.same - counts.changed
     if counts.same != same or counts.changed + counts.new != entry.rows_out or deleted < 0:
         raise CommitError(
             f"table {entry.name!r}: the account against the base does not add up: {counts.same:,} rows are the same and "
             f"{same:,} were left out, {counts.changed:,} changed and {counts.new:,} are new of {entry.rows_out:,} that were "
-            f"written, and the base has {in_base.rows_out:,}. No manifest was written; run the export again"
+            f"written, and the base has {count_served(in_base):,}. No manifest was written; run the export again"
         )
     return DeltaEntry(
-        rows_base=in_base.rows_out,
+        rows_base=count_served(in_base),
         same=same,
         changed=counts.changed,
         new=counts.new,

@@ -59,7 +59,7 @@ class Locations:
             export_dir=self.export_dir,
             register=self.register or None,
             filter_sparse_opt=self.filter_sparse_opt,
-            **self.base.settings(config),
+            **self.base.settings,
         )
 
 
@@ -93,7 +93,7 @@ def locate(
     options = options_for_registries(config)
     found_base, given = find_base(config, options), config
     is_latest = config.base == LATEST  # another package each time, and yet the same export
-    config = config if is_latest else config.with_changes(**found_base.settings(config))
+    config = config if is_latest else config.with_changes(**found_base.settings)
     target, notes = base.find_registry(config.export_dir, options), list(found.notes)
     if target is not None:
         register = register or config.export_dir
@@ -108,7 +108,7 @@ def locate(
                 "them into target_storage_options"
             )
     seen = base.look(register, options) if register else ""
-    if is_trainer_delta(config) and found_base.directory is not None:
+    if is_trainer_delta(config.format) and found_base.directory is not None:
         publish = register if base.scheme_of(register) == SCHEME else ""
         steps = list_steps(config, resolved.directory)
         refuse_taken_back(given, options, steps, base=found_base.directory, export_dir=export_dir, publish=publish)

@@ -30,6 +30,7 @@ from dist_export.errors import CheckpointError, CommitError, ExportError, PlanEr
 from dist_export.formats.id_list import IdList
 from dist_export.ids.lists import read_id_list
 from dist_export.package.reader import Package
+from dist_export.package.served_table import estimate_bytes
 from dist_export.pipeline.counting import count_rows, search_rest
 from dist_export.plan.casts import cast_slots, check_defaults, round_defaults
 from dist_export.plan.census import (
@@ -251,7 +252,7 @@ def plan_sparse(
     pruning = ranks.check("read the rules for rows", lambda: leaving or read_pruning(checkpoint, config))
 
     def look() -> tuple[MemoryBudget, str]:
-        room = config.max_memory_bytes - pruning.num_bytes
+        room = config.max_memory_bytes - pruning.num_bytes - estimate_bytes(base)
         return MemoryBudget(room, count_threads(config.threads)), checkpoint.digest_traces()
 
     # machines may have other cores and mount the source in other ways, and all ranks need one plan with one digest

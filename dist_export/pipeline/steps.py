@@ -12,7 +12,7 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import note_unindexed
 from dist_export.config.schema import ExportConfig
-from dist_export.formats.deleted_ids import deleted_name
+from dist_export.delta.deleted_ids import list_files
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
@@ -169,7 +169,7 @@ def lock_target(export: ExportState) -> ExportState:
     ranks, config, identity = task.ranks, task.config, export.source.identity
     shards = [] if planned is None else list_planned(planned.plan, export.target, config)
     if export.base is not None:
-        shards += sorted({deleted_name(part.file) for table in export.base.manifest.tables for part in table.parts})
+        shards += list_files(export.base)
     paths, refuse_if_lost = claim(ranks, export.paths, config, identity, shards, task.held.callback)
     registered: list[str] = []
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Iterable, Mapping
 
 from dist_export.errors import ConfigError, PackageError
+from dist_export.formats.delta_entries import MOST_LINKS
 from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
 from dist_export.redact import reason_of
 from dist_export.storage.beside import list_candidates
 from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 
 def find_base(delta: Directory, entry: BaseEntry) -> tuple[Directory, Manifest] | None:
@@ -21,27 +23,43 @@ def find_base(delta: Directory, entry: BaseEntry) -> tuple[Directory, Manifest] 
     """
     for place in reversed(list_candidates(delta, entry.path, [])):
         found = read_manifest(place)
-        if found is not None and found.digest == entry.digest and found.base is msgspec.UNSET:
+        if found is not None and found.digest == entry.digest:
             return place, found
     return None
 
 
-def find_lack(version: Directory) -> str:
-    """Return why nobody can open a package, as the end of a sentence about it; empty if its base is there, or it needs none.
+def follow(package: Directory, manifest: Manifest) -> tuple[list[tuple[Directory, Manifest]], str]:
+    """Return a package and all that is below it down to a full package, and why that is not all, as the end of a sentence.
+
+    The sentence is about the package, and empty if nothing lacks.
 
     Raises:
-        ConfigError: its manifest or its base cannot be read.
+        ConfigError: a manifest cannot be read.
+    """
+    links = [(package, manifest)]
+    while isinstance(entry := links[-1][1].base, BaseEntry):
+        place = links[-1][0]
+        whose = "is" if len(links) == 1 else f"needs {place.url}, which is"
+        if len(links) > MOST_LINKS:
+            return links, f"{whose} the {len(links)}th delta on top of each other, and at most {MOST_LINKS} can be"
+        found = find_base(place, entry)
+        if found is None:
+            return links, (
+                f"{whose} a delta of {entry.path}, and neither there nor beside it is that base, whose manifest has the digest "
+                f"{entry.digest}"
+            )
+        links.append(found)
+    return links, ""
+
+
+def find_lack(version: Directory) -> str:
+    """Return why nobody can open a package, as the end of a sentence about it; empty if all is there that it needs.
+
+    Raises:
+        ConfigError: its manifest or one below it cannot be read.
     """
     manifest = read_manifest(version)
-    if manifest is None:
-        return "is no package"
-    entry = manifest.base
-    if not isinstance(entry, BaseEntry) or find_base(version, entry) is not None:
-        return ""
-    return (
-        f"is a delta of {entry.path}, and neither there nor beside it is that base, whose manifest has the digest "
-        f"{entry.digest}"
-    )
+    return "is no package" if manifest is None else follow(version, manifest)[1]
 
 
 def has_base(delta: Directory) -> bool | None:
@@ -53,16 +71,36 @@ def has_base(delta: Directory) -> bool | None:
 
 
 def list_deltas_on(base: Directory, versions: Directory) -> list[str]:
-    """Return which packages in a directory of versions are deltas on one of them. ConfigError if one cannot be read."""
+    """Return which packages in a directory of versions need one of them. ConfigError if one cannot be read."""
     names = []
     for name in sorted(versions.folders()):
         version = versions.child(name)
         manifest = read_manifest(version)
-        if manifest is not None and isinstance(manifest.base, BaseEntry):
-            found = find_base(version, manifest.base)
-            if found is not None and found[0].is_same(base):
-                names.append(name)
+        if manifest is not None and any(its.is_same(base) for its, _ in follow(version, manifest)[0][1:]):
+            names.append(name)
     return names
+
+
+def list_below(base_of: Mapping[str, str | None], name: str | None) -> list[str]:
+    """Return what a version is on top of, as far as ``base_of`` tells: the version or directory below each version."""
+    found: list[str] = []
+    while (below := base_of.get(name or "")) and below not in found:
+        found.append(below)
+        name = below
+    return found
+
+
+def list_needed(base_of: Mapping[str, str | None], names: Iterable[str], versions: Directory) -> set[str]:
+    """Return all that some versions are on top of: versions, and directories elsewhere. ConfigError if one cannot be read."""
+    needed = {below for name in names for below in list_below(base_of, name)}
+    for where in needed - base_of.keys():
+        place = open_directory(where, versions.location.storage_options)
+        manifest = read_manifest(place)
+        for link, _ in [] if manifest is None else follow(place, manifest)[0][1:]:
+            name = link.location.given.rstrip("/").rpartition("/")[2]
+            if link.is_same(versions.child(name)):  # a delta elsewhere may be on top of a version
+                needed = {*needed, name, *list_below(base_of, name)}
+    return needed
 
 
 def read_manifest(place: Directory) -> Manifest | None:

@@ -43,7 +43,7 @@ class Switch(msgspec.Struct, frozen=True, kw_only=True):
     base: str | None = None
     """The version that a delta package needs, or the directory of a base elsewhere; null for a full package."""
     num_deltas: int = 0
-    """How many deltas of the same base were published with this one; 0 for a full package."""
+    """How many deltas on top of the same full package were published with this one; 0 for a full package."""
 
 
 class Current(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +67,11 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
         return step is not None and self.step is not None and step < self.step
 
     def count_deltas(self, base: str | None) -> int:
-        """Return how many deltas of a full package were published, removed ones included."""
-        return max((switch.num_deltas for switch in self.switches if base and switch.base == base), default=0)
+        """Return how many deltas were published on top of a full package, removed ones included. ``base`` may be one of them."""
+        base_of = {switch.version: switch.base for switch in self.switches}
+        below = {base, *bases.list_below(base_of, base)} - {None}
+        its = (switch for switch in self.switches if not below.isdisjoint(bases.list_below(base_of, switch.version)))
+        return max((switch.num_deltas for switch in its), default=0)
 
 
 class Version(NamedTuple):
@@ -277,7 +280,7 @@ class VersionDirectory:
         if self._keep_versions is None:
             return
         directory = self._open(where)
-        for name in self._list_old(self._require(where)[0]):
+        for name in self._list_old(where, self._require(where)[0]):
             try:
                 self._remove(directory, where, name)
             except OSError as error:
@@ -288,16 +291,16 @@ class VersionDirectory:
         manifest = f"{VERSIONS}/{name}/{MANIFEST}"
         content = directory.read(manifest) if directory.exists(manifest) else None
         directory.remove(manifest)
-        if name not in self._list_old(self._require(where)[0]):  # somebody has gone back to it
+        if name not in self._list_old(where, self._require(where)[0]):  # somebody has gone back to it
             if content is not None:
                 directory.write(manifest, content)
             return
         directory.remove_tree(f"{VERSIONS}/{name}")
 
-    def _list_old(self, current: Current) -> list[str]:
+    def _list_old(self, where: str, current: Current) -> list[str]:
         """Return the versions that may go: neither among the newest, nor the one before this one, nor within the grace.
 
-        Nor one that a delta among these needs.
+        Nor one that a delta among these needs, or what that is on top of.
         """
         assert self._keep_versions is not None
         now = datetime.now(timezone.utc)
@@ -310,7 +313,8 @@ class VersionDirectory:
         newest = list(ended)
         kept = {*newest[: max(self._keep_versions, 1)], *newest[:2]}
         kept |= {name for name, age in ended.items() if age < self._grace_secs}
-        needed = {switch.base for switch in current.switches if switch.version in kept}
+        base_of = {switch.version: switch.base for switch in current.switches}
+        needed = bases.list_needed(base_of, kept, self._open(where).child(VERSIONS))
         return [name for name in ended if name not in kept and name not in needed]
 
     def _name_base(self, where: str, package: Directory) -> str | None:

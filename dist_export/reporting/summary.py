@@ -32,12 +32,15 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     ran = _say_run(manifest, shares)
     if isinstance(manifest.compacted, msgspec.UnsetType):
         return [*head, *source, *tables, *found, *ran, *notes]
-    delta, carried = manifest.compacted.delta.path, manifest.run.get("carried_notes", len(notes))
+    its = manifest.compacted
+    between = () if isinstance(its.between, msgspec.UnsetType) else its.between
+    below = [link.path for link in (its.delta, *between, its.base)]
+    delta, carried = its.delta.path, manifest.run.get("carried_notes", len(notes))
     files = "files, " if "compare" in manifest.run.get("seconds", {}) else ""
     return [
         *head,
-        f"  made of  {delta} and its base {manifest.compacted.base.path}",
-        f"  checked  the {files}ids and numbers of rows of both with their manifests, and the written shards",
+        f"  made of  {' and its base '.join(below)}",
+        f"  checked  the {files}ids and numbers of rows of all of them with their manifests, and the written shards",
         *(*tables, *ran, *notes[carried:]),
         f"  carried over from {delta}, and not measured or compared again:",
         *(f"  {line}" for line in (*source, *found, *notes[:carried])),

@@ -147,9 +147,10 @@ class Watcher:
         package.hold()
         if self._checks:
             self._refuse_unsound(package)
-            is_known = before is not None and package.base in (before, before.base)
-            if package.base is not None and not is_known:  # a base is checked once
-                self._refuse_unsound(package.base)
+            known = () if before is None else before.layers
+            for layer in package.layers[1:]:
+                if layer not in known:  # each is checked once
+                    self._refuse_unsound(layer)
         return Served(package)
 
     def _refuse_unsound(self, package: Package) -> None:

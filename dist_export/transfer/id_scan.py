@@ -135,7 +135,8 @@ class _Counter:
             is_chosen = np.repeat(kinds == kind, rows)
             ids = run.ids if len(chosen) == len(parts) else run.ids[is_chosen]
             self._count_small(run.blocks[chosen], ids, self._targets[int(tables[chosen[0]])])
-        groups = tables * 2 + self._checkpoint.parts.layers_of(parts)
+        layers = self._checkpoint.parts.layers_of(parts)
+        groups = tables * (int(layers.max()) + 1) + layers
         group_of_row = np.repeat(groups, rows)
         ids = run.ids
         if any(self._checkpoint.tables[table].empty_id is not None for table in set(tables.tolist())):

@@ -12,7 +12,7 @@ import numpy as np
 from dist_export.errors import DistExportError, PackageError, WrongBaseError
 from dist_export.formats.deleted_ids import ID, SUFFIX, encode_deleted
 from dist_export.formats.delta_entries import DeletedIdsEntry, DeltaEntry
-from dist_export.manifest import MANIFEST, Manifest, TableEntry
+from dist_export.manifest import MANIFEST, Manifest, TableEntry, count_served
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
@@ -146,7 +146,7 @@ def _count(package: Package, piece: Piece) -> PieceCount:
         ids, in_delta = own.read_ids(piece.part, piece.first, last), piece.num_ids
     if _find_table(package.base.manifest, piece.table) is None:
         return PieceCount(piece, 0, in_delta)
-    return PieceCount(piece, int(package.base.rows_of(piece.table).contains(ids).sum()), in_delta)
+    return PieceCount(piece, int(package.base.contains(piece.table, ids).sum()), in_delta)
 
 
 def _check_lists(package: Package, table: TableEntry, report: Report) -> None:
@@ -211,7 +211,7 @@ def _find_faults(table: TableEntry, in_base: TableEntry | None, *, has_base: boo
     if listed != delta.deleted:
         found.append(f"{delta.deleted:,} ids are deleted, and its files have {listed:,}")
     if has_base:
-        rows = 0 if in_base is None else in_base.rows_out
+        rows = 0 if in_base is None else count_served(in_base)
         if rows != delta.rows_base:
             found.append(f"the base has {rows:,} rows, and the account says {delta.rows_base:,}")
         if in_base is not None and in_base.is_row_indexed and delta.deleted:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, DistExportError, ModelError, PlanError, StepFailedError, UnaskedError
 from dist_export.manifest import Manifest
-from dist_export.pipeline.base_package import EVERYTHING
+from dist_export.pipeline.base_package import EVERYTHING, FoundBase
 from dist_export.pipeline.inputs import look_for_weights
 from dist_export.pipeline.run import run_export
 from dist_export.reporting.published import Published
@@ -110,7 +110,7 @@ class Watch:
         ranks, config, checkpoint = self._ranks, self._config, self._seen.checkpoint
         settings = config.with_changes(step=decision.step)
         if decision.is_full:
-            settings = settings.with_changes(base=None, on_base_mismatch="error")
+            settings = settings.with_changes(**FoundBase().settings)
         self._published.saved_at = 0.0 if checkpoint is None else checkpoint.saved_at
         try:
             with ranks.one_export() as its:

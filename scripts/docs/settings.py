@@ -31,6 +31,7 @@ EXAMPLES = {
     "keep_versions": "10",
     "base": "/serving/ctr/20251231",
     "on_base_mismatch": "full",
+    "delta_chain": "8",
     "compare": "exact",
     "delta_ignore_slots": "[step]",
     "step": "120000",

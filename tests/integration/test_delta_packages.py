@@ -229,14 +229,6 @@ def test_a_damaged_base_is_refused(copied: Deltas) -> None:
         dist_export.open_package(copied.delta)
 
 
-def test_a_delta_is_no_base(copied: Deltas) -> None:
-    digest = dist_export.open_package(copied.delta).manifest.digest
-    second = shutil.copytree(copied.delta, copied.delta.with_name("second"))
-    edit(second, lambda document: document["base"].update(path=str(copied.delta), digest=digest))
-    with pytest.raises(PackageError, match=r"second is a delta package of .*delta, but that is a delta package itself"):
-        dist_export.open_package(second)
-
-
 def test_slots_that_differ_are_refused(tmp_path: Path) -> None:
     base = write_full(tmp_path / "base", OLD, num_shards=2, dtype={"t": "int8"})
     delta = write_delta(tmp_path / "delta", base, OLD, NEW, num_shards=2, dtype={"t": "float16"})

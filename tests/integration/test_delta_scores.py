@@ -13,6 +13,7 @@ from torch import nn
 import dist_export
 from dist_export.api import Exporter
 from dist_export.errors import DistExportError
+from dist_export.verify.verify import verify
 from tests.support import score_models as models
 from tests.support.deltas import manifest_of
 
@@ -68,6 +69,35 @@ def test_a_delta_scores_as_the_full_export_and_as_the_model(checkpoints, tmp_pat
         for name, scores in found.items():
             assert scores.tobytes() == expected[name].tobytes()
             np.testing.assert_allclose(scores, eager[name].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_chain_scores_as_the_full_export(checkpoints, tmp_path: Path) -> None:
+    """The second delta has other rows than the first, so that all three packages serve some."""
+    before, after = checkpoints
+    model = build()
+    model.load_state_dict(torch.load(after))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("sparse_arch"):
+                parameter[2:5] -= 0.5
+    last = models.save(model, tmp_path / "last.pth")
+    export(before, tmp_path / "base")
+    export(after, tmp_path / "one", base=str(tmp_path / "base"))
+    made = export(last, tmp_path / "two", base=str(tmp_path / "one"), delta_chain=2, score_program="require")
+    export(last, tmp_path / "full")
+    assert [table["rows_out"] for table in manifest_of(tmp_path / "two")["tables"]] == [3, 3, 3]
+    assert made.drift is not None
+    assert all(entry.max_abs < 1e-5 for entry in made.drift.outputs.values())
+    inputs = {name: value for name, value in models.batch_of(128, seed=3).items() if name != "label"}
+    with (
+        dist_export.open_package(tmp_path / "two") as chain,
+        dist_export.open_package(tmp_path / "full") as full,
+    ):
+        assert len(chain.layers) == 3
+        found, expected = chain.score(inputs), full.score(inputs)
+    for name, scores in found.items():
+        assert scores.tobytes() == expected[name].tobytes()
+    assert verify(str(tmp_path / "two")).findings == []
 
 
 def test_casts_drift_as_in_a_full_export(checkpoints, tmp_path: Path) -> None:

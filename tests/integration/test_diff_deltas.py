@@ -48,6 +48,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
     for state, base in ((1, 0), (2, 0), (2, 1), (1, 2), (0, 0)):
         name = f"d{state}{base}"
         found[name] = export(sources[state], folder / name, base=str(folder / f"f{base}"), num_shards=2 + state)
+    for name, state, below in (("c210", 2, "d10"), ("c110", 1, "d10"), ("c0210", 0, "c210"), ("c1210", 1, "c210")):
+        chain = {"base": str(folder / below), "delta_chain": 8}
+        found[name] = export(sources[state], folder / name, num_shards=3 - state, **chain)
     return found
 
 
@@ -58,9 +61,11 @@ def counts(a: Path, b: Path, **settings: Any) -> list[tuple[Any, ...]]:
 
 PAIRS = ["f0 d10", "d10 f0", "d10 d20", "d20 d10", "d10 d10", "d10 f1", "f1 d10", "d10 f2", "f2 d10"]
 PAIRS += ["d10 d21", "d21 d10", "d20 d21", "d12 d21", "d00 f0", "f0 d00", "d00 d10", "d10 d00", "d00 f1", "f1 d00"]
+CHAINS = ["c210 d10", "d10 c210", "c210 f0", "f0 c210", "f2 c210", "c0210 c1210", "c1210 f1", "f0 c0210", "c110 c210"]
+CHAINS += ["c0210 d10", "c1210 d21", "d20 c0210", "c110 d10", "c210 c110"]
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [*PAIRS, *CHAINS])
 def test_a_delta_counts_as_the_full_package_of_its_state(packages: Packages, pair: str) -> None:
     """Over one base, over two, against their base, and against a package of another one."""
     a, b = pair.split()

@@ -167,10 +167,12 @@ class Client(threading.Thread):
         raise AssertionError(f"after step {max(self.steps, default=0)}, these are rows of no later step")
 
 
-def test_a_server_follows_ten_versions_under_load(run: Path, where: Path) -> None:
+@pytest.mark.parametrize("chain", [1, 8])
+def test_a_server_follows_ten_versions_under_load(run: Path, where: Path, chain: int) -> None:
     """Each answer is of one version, none of an earlier version than the last, and no request fails."""
     argv = ["--ckpt_dir", str(run), "--publish", str(where), "--filter_sparse_opt=true", "--poll_secs", "0.05"]
     argv += ["--full_every", "4", "--until_step", "10", "--progress=false", "--max_delta=0.9"]
+    argv += [f"--delta_chain={chain}"]
     save(run, 1)
     ranks = LastingRanks(0, 1, None, None, owns_default_group=False, timeout_secs=60.0)
     watching = threading.Thread(target=watch, args=(ranks, argv), daemon=True)
@@ -237,14 +239,20 @@ def test_a_rollback_lasts_until_the_next_checkpoint(run: Path, where: Path) -> N
     assert steps_of(where) == [1, 2, 1, 3]
 
 
-def test_deltas_are_counted_though_old_ones_are_removed(run: Path, where: Path) -> None:
+@pytest.mark.parametrize(("chain", "depths"), [(1, "0111101"), (2, "0121201"), (8, "0123401")])
+def test_deltas_are_counted_though_old_ones_are_removed(run: Path, where: Path, chain: int, depths: str) -> None:
+    """Also those on top of each other: ``depths`` says how many deltas each version consists of."""
     options = {"keep_versions": 1, "registry_options": "{versions: {grace_secs: 0}}", "full_every": 5, "max_delta": 9}
-    kinds = ""
+    kinds, found = "", ""
     for step in range(1, 8):
-        save(run, step)
-        follow(run, where, [], **options)
+        state = save(run, step)
+        follow(run, where, [], **options, delta_chain=chain)
         kinds += kinds_of(where)[-1]
+        with dist_export.open_package(f"versions:{where}") as package:
+            assert_is_served(package, state)
+            found += str(len(package.layers) - 1)
     assert kinds == "FddddFd"
+    assert found == depths
 
 
 def test_a_large_delta_makes_the_next_version_full(run: Path, where: Path) -> None:

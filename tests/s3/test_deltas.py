@@ -11,11 +11,13 @@ import pytest
 import dist_export
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.verify.verify import verify
+from tests.integration.test_delta_chains import STATES
 from tests.integration.test_delta_export import change, save, tables_of
 from tests.integration.test_delta_refresh import export, refresh
 from tests.integration.test_delta_scores import build, train_on
 from tests.support import score_models as models
 from tests.support.deltas import read_deleted, read_package
+from tests.support.recis_writer import split_table, write_checkpoint
 from tests.support.s3.s3_cases import Store, files_of, without_manifest
 from tests.support.s3.s3_server import S3Server
 
@@ -67,3 +69,25 @@ def test_a_new_dense_part_over_tables_in_a_store(s3_server: S3Server, tmp_path: 
         assert scores.keys() == expected.keys()
         for name, values in expected.items():
             assert np.array_equal(scores[name], values)
+
+
+def test_a_chain_in_a_store_is_that_on_a_disk(s3_server: S3Server, tmp_path: Path) -> None:
+    store = Store(s3_server)
+    for step, state in enumerate(STATES[:3]):
+        tables = {name: split_table(*state[name], 2) for name in ("t", "u", "kept")}
+        source, more = write_checkpoint(tmp_path / f"step-{step}", tables), [{}, {}]
+        if step:
+            below = (store.url(f"link{step - 1}"), str(tmp_path / f"link{step - 1}"))
+            more = [{"base": base, "delta_chain": 8} for base in below]
+        store.export(source, store.url(f"link{step}"), **more[0])
+        store.export(source, tmp_path / f"link{step}", **more[1])
+        assert without_manifest(store.files(f"link{step}")) == without_manifest(files_of(tmp_path / f"link{step}"))
+    store.export(source, tmp_path / "full")
+    assert verify(store.url("link2"), store.options).findings == []
+    for cache in (None, tmp_path / "cache"):
+        with dist_export.open_package(store.url("link2"), storage_options=store.options, cache_dir=cache) as package:
+            assert [layer.directory.url for layer in package.layers] == [store.url(f"link{step}") for step in (2, 1, 0)]
+            for table, rows in read_package(tmp_path / "full").items():
+                found, has_row = package.lookup(table, np.array([*rows]), raw=True)
+                assert has_row.all()
+                assert [row.tobytes() for row in found] == [slots[0] for slots in rows.values()]

@@ -61,20 +61,27 @@ def read_deleted(delta: Path) -> dict[str, set[int]]:
 
 def put_together(base: Path, delta: Path) -> Rows:
     """Return what serving gets of a delta on top of its base. Each account is counted anew."""
-    rows, own, deleted = read_package(base), read_package(delta), read_deleted(delta)
-    for table in json.loads((delta / "manifest.json").read_text())["tables"]:
-        name, account = table["name"], table["delta"]
-        assert account["rows_base"] == len(rows[name])
-        assert account["changed"] == len(rows[name].keys() & own[name].keys())
-        assert account["new"] == len(own[name].keys() - rows[name].keys())
-        assert all(rows[name][its] != own[name][its] for its in rows[name].keys() & own[name].keys())
-        assert account["deleted"] == len(deleted[name])
-        assert deleted[name] <= rows[name].keys() - own[name].keys()
-        assert account["same"] == account["rows_base"] - account["changed"] - account["deleted"]
-        assert table["rows_out"] == len(own[name])
-        for its in deleted[name]:
-            del rows[name][its]
-        rows[name] |= own[name]
+    return put_chain_together([base, delta])
+
+
+def put_chain_together(links: list[Path]) -> Rows:
+    """Return what serving gets of a chain of deltas, the full package first. Each account is counted anew."""
+    rows = read_package(links[0])
+    for delta in links[1:]:
+        own, deleted = read_package(delta), read_deleted(delta)
+        for table in json.loads((delta / "manifest.json").read_text())["tables"]:
+            name, account = table["name"], table["delta"]
+            assert account["rows_base"] == len(rows[name])
+            assert account["changed"] == len(rows[name].keys() & own[name].keys())
+            assert account["new"] == len(own[name].keys() - rows[name].keys())
+            assert all(rows[name][its] != own[name][its] for its in rows[name].keys() & own[name].keys())
+            assert account["deleted"] == len(deleted[name])
+            assert deleted[name] <= rows[name].keys() - own[name].keys()
+            assert account["same"] == account["rows_base"] - account["changed"] - account["deleted"]
+            assert table["rows_out"] == len(own[name])
+            for its in deleted[name]:
+                del rows[name][its]
+            rows[name] |= own[name]
     return rows
 
 

@@ -36,6 +36,7 @@ NEEDED = {
     "keep_versions": {"export_dir": "versions:b"},
     "on_base_mismatch": {"base": "c"},
     "compare": {"base": "c"},
+    "delta_chain": {"base": "c"},
     "delta_ignore_slots": {"base": "c", "compare": "exact"},
     "format": {"base": "c"},  # tzrec_delta cannot do without
     **{name: {"format": "tzrec_delta", "base": "c"} for name in ("since_step", "until_step", "allow_ragged")},

@@ -40,7 +40,7 @@ def delta(values, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def reader_of(delta: Package) -> OverlaidRows:
     assert delta.base is not None
     runs = list_runs(delta.base.table(NAME))
-    return OverlaidRows("here", delta.base.rows_of(NAME), runs, delta.rows_of(NAME), row_bytes=4 * DIM)
+    return OverlaidRows("here", delta.base.rows_of(NAME), runs, [delta.rows_of(NAME)], row_bytes=4 * DIM)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 50, 1 << 20])
@@ -57,5 +57,5 @@ def test_any_bytes(delta: Package, values, monkeypatch, piece_bytes: int) -> Non
 
 
 def test_a_row_of_neither_package(delta: Package, values) -> None:
-    with pytest.raises(TransferError, match=f"row {ROWS + NEW} is in neither package"):
+    with pytest.raises(TransferError, match=f"row {ROWS + NEW} is in no package"):
         reader_of(delta).read_into(memoryview(bytearray(8)), (ROWS + NEW) * 4 * DIM)
