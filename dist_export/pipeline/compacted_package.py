@@ -147,8 +147,6 @@ def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | No
             f"account of the delta it is {wanted[0]:,} and {wanted[1]:,}. No manifest was written; run verify on both packages"
         )
     rows_dropped = {reason: rows for reason, rows in own.rows_dropped.items() if reason != SAME}
-    # which misplaced rows were dropped, the delta tells together with those that it left to its base
-    repaired = own.repaired if rows_dropped else own.misplaced
     in_base = {} if below is None else {slot.name: slot for slot in below.kept}
     slots = {slot.name: slot for slot in own.kept}
     return msgspec.structs.replace(
@@ -156,7 +154,7 @@ def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | No
         rows_in=own.rows_in,
         rows_dropped=rows_dropped,
         misplaced=own.misplaced,
-        repaired=repaired,
+        repaired=own.repaired,
         duplicates=own.duplicates,
         kept=tuple(
             msgspec.structs.replace(
