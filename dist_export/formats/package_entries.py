@@ -106,7 +106,8 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     misplaced: Count
     """Misplaced rows of the source: rows outside the slice of their part. 0 in a copy, which refuses them."""
     repaired: Count = 0
-    """Misplaced rows that are in the right slice now; the others were dropped."""
+    """Misplaced rows that are in the right slice now, in a delta also those that it leaves to its base; the others were
+    dropped."""
     duplicates: Count = 0
     """Rows of the source beyond one for each id, without pruned rows."""
     id_sum: str

@@ -144,15 +144,13 @@ def account_for_table(entry: TableEntry, layers: Sequence[TableEntry]) -> TableE
             f"account of the delta it is {wanted[0]:,} and {wanted[1]:,}. No manifest was written; run verify on all packages"
         )
     rows_dropped = {reason: rows for reason, rows in own.rows_dropped.items() if reason != SAME}
-    # which misplaced rows were dropped, the delta tells together with those that it left to its base
-    repaired = own.repaired if rows_dropped else own.misplaced
     slots = {slot.name: slot for slot in own.kept}
     return msgspec.structs.replace(
         entry,
         rows_in=own.rows_in,
         rows_dropped=rows_dropped,
         misplaced=own.misplaced,
-        repaired=repaired,
+        repaired=own.repaired,
         duplicates=own.duplicates,
         kept=tuple(
             msgspec.structs.replace(

@@ -47,7 +47,7 @@ class PrunedRows:
     rows: np.ndarray
     """int64, (n, rules): the column is the index of the rule among the rules of the part's table."""
     misplaced: np.ndarray
-    """int64: the pruned rows that are misplaced."""
+    """int64, (n, rules): those of ``rows`` that are misplaced."""
     id_sum: np.ndarray
     """uint64: the sum of their mixed ids, modulo 2**64."""
 
@@ -56,7 +56,7 @@ def prune_none(num_parts: int, most_rules: int) -> PrunedRows:
     """Return the counts of parts without pruned rows. ``most_rules`` is the largest number of rules of a table."""
     return PrunedRows(
         rows=np.zeros((num_parts, most_rules), np.int64),
-        misplaced=np.zeros(num_parts, np.int64),
+        misplaced=np.zeros((num_parts, most_rules), np.int64),
         id_sum=np.zeros(num_parts, np.uint64),
     )
 

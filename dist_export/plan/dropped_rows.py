@@ -56,7 +56,7 @@ class DroppedAccount(NamedTuple):
     rows_by_reason: dict[str, int]
     """Without reasons that dropped none."""
     misplaced: int
-    """The misplaced rows among them."""
+    """The misplaced rows among them, without those that a delta leaves to its base: there they are in the right slice."""
     id_sum: int
     """Sum of their mixed ids modulo 2**64."""
 
@@ -129,9 +129,11 @@ def account_for(
     rules = pruning.rules[table]  # ``pruned`` has more columns if another table has more rules
     for rule, count in zip(rules, pruned.rows[its].sum(axis=0)[: len(rules)].tolist(), strict=True):
         rows[rule.reason] += count
+    by_rule = pruned.misplaced[its].sum(axis=0)[: len(rules)].tolist()
+    misplaced = (count for rule, count in zip(rules, by_rule, strict=True) if rule.reason != prune_rules.SAME)
     return DroppedAccount(
         rows_by_reason=account.rows_by_reason | {reason: count for reason, count in rows.items() if count},
-        misplaced=account.misplaced + int(pruned.misplaced[its].sum()),
+        misplaced=account.misplaced + sum(misplaced),
         id_sum=(account.id_sum + int(pruned.id_sum[its].sum(dtype=np.uint64))) % (1 << 64),
     )
 

@@ -162,12 +162,13 @@ class _Counter:
             return ids
         assert self._pruned is not None
         for place in range(self._pruned.rows.shape[1]):
-            self._pruned.rows[row, place] += np.count_nonzero(codes == place + 1)
-        self._pruned.misplaced[row] += int(sweep.outside[0])
+            taken = codes == place + 1
+            self._pruned.rows[row, place] += np.count_nonzero(taken)
+            if sweep.outside[0] and taken.any():  # seldom: most checkpoints have no misplaced row
+                self._pruned.misplaced[row, place] += int(self._sweep(part, ids[taken], size).outside[0])
         self._pruned.id_sum[row : row + 1] += sweep.id_sums
         if len(kept):
             of_kept = self._sweep(part, kept, size)
-            self._pruned.misplaced[row] -= int(of_kept.outside[0])
             self._pruned.id_sum[row : row + 1] -= of_kept.id_sums
         return kept
 

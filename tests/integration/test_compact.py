@@ -165,19 +165,35 @@ def test_rows_that_pruning_takes_since_the_base(sources, tmp_path: Path) -> None
     compare(make(delta, tmp_path / "made"), export(sources[1], tmp_path / "full", prune=rules))
 
 
-def test_duplicates_and_misplaced_rows_of_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_rule", [False, True], ids=str)
+def test_duplicates_and_misplaced_rows_of_the_checkpoint(tmp_path: Path, has_rule: bool) -> None:
     before = tables_of()
     base = export(save(tmp_path / "before", before, 2), tmp_path / "base", num_shards=3)
     parts = {name: split_table(ids, slots, 2) for name, (ids, slots) in change(before).items()}
     one, two = parts["item"]
-    moved = {slot: np.concatenate([rows, one.slots[slot][:50]]) for slot, rows in two.slots.items()}
-    parts["item"] = [one, dataclasses.replace(two, ids=np.concatenate([two.ids, one.ids[:50]]), slots=moved)]
+    # 50 rows are there again where they do not belong, and 20 others are there alone
+    moved = {slot: np.concatenate([rows, one.slots[slot][:70]]) for slot, rows in two.slots.items()}
+    left = np.r_[:50, 70 : len(one.ids)]
+    parts["item"] = [
+        dataclasses.replace(one, ids=one.ids[left], slots={slot: rows[left] for slot, rows in one.slots.items()}),
+        dataclasses.replace(two, ids=np.concatenate([two.ids, one.ids[:70]]), slots=moved),
+    ]
     after = write_checkpoint(tmp_path / "after", parts)
-    delta = export(after, tmp_path / "delta", base=str(base), on_duplicate="first")
-    full = export(after, tmp_path / "full", on_duplicate="first")
+    more: dict[str, Any] = {"on_duplicate": "first"}
+    if has_rule:
+        more["prune"] = [{"tables": "item", "slot": "step", "below": int(np.median(one.slots["step"][:70]))}]
+    delta = export(after, tmp_path / "delta", base=str(base), **more)
+    full = export(after, tmp_path / "full", **more)
     made = make(delta, tmp_path / "made")
     assert read_package(made) == read_package(full)
-    assert manifest_of(made)["tables"][0]["duplicates"] == 50
+    ours, theirs, of_delta = (manifest_of(package)["tables"][0] for package in (made, full, delta))
+    for name in ("rows_in", "rows_dropped", "misplaced", "repaired", "duplicates"):
+        assert ours[name] == theirs[name], name
+    assert of_delta["repaired"] == theirs["repaired"]
+    assert theirs["misplaced"] == 70
+    assert 0 < theirs["repaired"] <= 20
+    assert has_rule or (theirs["repaired"], theirs["duplicates"]) == (20, 50)
+    assert verify(str(made)).findings == verify(str(delta)).findings == []
     assert manifest_of(made)["account"] == manifest_of(full)["account"]
 
 
