@@ -16,6 +16,7 @@ import numpy as np
 
 from dist_export.formats.delta_entries import DeltaEntry
 from dist_export.formats.id_list import IdSieve
+from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_index import SlotFiller, encode_keys, find_rows
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
 from dist_export.package.layers import DeltaIds, LayeredReader
@@ -237,6 +238,15 @@ def list_links(layers: Sequence[Layer], table: str, slot: str) -> tuple[list[Lin
         if entry is not None
     ]
     return links, None if entries[-1] is None else layers[-1].rows_of(table, slot=slot)
+
+
+def merge_all(layers: Sequence[Layer], merging: Merging) -> None:
+    """Merge the ids of all tables now, and not at their first lookup. PackageError if one of the packages is damaged."""
+    for table in layers[0].manifest.tables:
+        slot = next((its.name for its in table.kept if its.name != ID_SLOT), None)
+        links = [] if slot is None else list_links(layers, table.name, slot)[0]
+        if len(links) > 1 and count_ids([link.table for link in links]) <= _MOST_MERGED:
+            merging.get(links)
 
 
 def read_layers(layers: Sequence[Layer], table: str, slot: str, merging: Merging) -> LayeredReader | ChainReader:

@@ -15,7 +15,7 @@ from dist_export.formats.delta_entries import MOST_LINKS
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.manifest import Manifest, TableEntry
 from dist_export.package.base import find_base
-from dist_export.package.chain import ChainReader, Merging, list_links, read_layers
+from dist_export.package.chain import ChainReader, Merging, list_links, merge_all, read_layers
 from dist_export.package.layers import DeltaIds, LayeredReader
 from dist_export.package.open_count import OpenCount
 from dist_export.package.opened_files import OpenedFiles
@@ -121,6 +121,11 @@ class LayeredPackage:
             self.table(table)
             reader = self._layered[table, slot] = read_layers(self._require_layers(), table, slot, self._merging)
         return reader
+
+    def merge_ids(self) -> None:
+        """Merge the ids of a chain now, and not at the first lookup of each table. PackageError if a package is damaged."""
+        if self.is_delta:
+            merge_all(self._require_layers(), self._merging)
 
     def contains(self, table: str, ids: np.ndarray) -> np.ndarray:
         """Return which ids (int64, (n,)) have a row, bool (n,), as ``lookup`` does. PackageError as :meth:`rows_of`."""

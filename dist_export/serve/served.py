@@ -145,6 +145,7 @@ class Watcher:
         below = None if self._base is None else self._open(self._base)
         package = Package(self._open(self._path), cache_dir=self._cache_dir, base_directory=below, opened=before)
         package.hold()
+        package.merge_ids()  # no request waits for it
         if self._checks:
             self._refuse_unsound(package)
             known = () if before is None else before.layers
