@@ -30,13 +30,9 @@ DENSE = tiny_model.trained_dense_state
 TINY: dict[str, Any] = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
 
 
-INPUTS = ("user", "clicks", "tags_values", "tags_offsets", "price")
-"""What the model reads of a batch: without the rest the score program is traced once."""
-
-
 def export(checkpoint: str, out: Path | str, model: nn.Module | None = None, **settings: Any) -> dist_export.Manifest:
-    batch = models.batch_of()
-    given = [model or build(), "sparse_arch", "dense_arch", [{name: batch[name] for name in INPUTS}]]
+    batch = models.inputs_of(build(), models.batch_of())
+    given = [model or build(), "sparse_arch", "dense_arch", [batch]]
     return Exporter(*given, checkpoint, out, **settings).export(progress=False)
 
 
@@ -103,7 +99,7 @@ def test_the_dense_part_is_new_and_the_rows_are_those_of_the_base(checkpoints, t
             batch = models.batch_of(size, seed=size)
             with torch.no_grad():
                 eager = model.eval()(batch)
-            found = delta.score({name: value for name, value in batch.items() if name in INPUTS})
+            found = delta.score(models.inputs_of(model, batch))
             for name, scores in found.items():
                 np.testing.assert_allclose(scores, eager[name].numpy(), rtol=1e-5, atol=1e-6)
     assert verify(str(tmp_path / "delta")).findings == []
@@ -242,7 +238,7 @@ def test_a_checkpoint_without_tables_gives_a_dense_part(checkpoints, base: Path,
     torch.save(state, tmp_path / "dense.pth")
     refresh(str(tmp_path / "dense.pth"), tmp_path / "delta", base, score_program="require")
     refresh(after, tmp_path / "whole", base)
-    inputs = {name: value for name, value in models.batch_of(9, seed=3).items() if name in INPUTS}
+    inputs = models.inputs_of(build(), models.batch_of(9, seed=3))
     with dist_export.open_package(tmp_path / "delta") as one, dist_export.open_package(tmp_path / "whole") as two:
         assert one.score(inputs)["ctr"].tobytes() == two.score(inputs)["ctr"].tobytes()
 
@@ -251,7 +247,8 @@ def test_versions(checkpoints, tmp_path: Path) -> None:
     before, after = checkpoints
     versions, now = f"versions:{tmp_path / 'pub'}", {"base": "latest", "need_export_sparse": False}
     export(before, versions)
-    inputs = {name: value.numpy() for name, value in models.batch_of(5, seed=2).items() if name in INPUTS}
+    batch = models.inputs_of(build(), models.batch_of(5, seed=2))
+    inputs = {name: value.numpy() for name, value in batch.items()}
     watcher = Watcher(versions)
     first = watcher.current.models["score"].infer(inputs)["ctr"]
     made = export(after, versions, **now)
