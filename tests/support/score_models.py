@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def inputs_of(model: nn.Module, batch: Batch) -> Batch:
     """Return what the model reads of a batch, for tests of other matters: for what it does not, torch traces once more."""
     noted = _Noted(batch)
     with torch.no_grad():
-        model(noted)
+        copy.deepcopy(model).eval()(noted)
     return {name: tensor for name, tensor in batch.items() if name in noted.seen}
 
 
