@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 import platform
@@ -300,8 +301,13 @@ def list_versions() -> dict[str, str]:
     return {
         "dist_export": VERSION,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "fsspec")},
+        **{name: _version_of(name) for name in ("torch", "numpy", "fsspec")},
     }
+
+
+@functools.cache
+def _version_of(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[PartEntry]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 import torch
+from torch.export import ExportedProgram
 
 from dist_export.archive.fx_folder import GRAPH, graph_text, write_fx_folder
 from dist_export.archive.safe_load import load_program
@@ -36,8 +37,8 @@ def write_dense_folder(
     mc_conf: Mapping[str, Any] | None,
     looked_up: Mapping[str, Mapping[int, str | None]],
     default_rows: Mapping[str, str] | None = None,
-) -> None:
-    """Write all files of the dense arch into ``folder``, a local directory.
+) -> ExportedProgram:
+    """Write all files of the dense arch into ``folder``, a local directory. Returns the program that its file holds.
 
     Args:
         looked_up: what the sample found in the tables, as :class:`~dist_export.dense.sample_rows.SampleRows` holds it.
@@ -46,10 +47,9 @@ def write_dense_folder(
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: tensor.cpu() for name, tensor in traced.inputs.items()}
     outputs = [tensor.detach().cpu() for tensor in sample.outputs]
-    packed = pack_traced(traced.program, archive_format=archive_format)
-    _write(folder / PROGRAM, packed)
+    _write(folder / PROGRAM, pack_traced(traced.program, archive_format=archive_format))
     # an archive may give the parts of a graph other names: whoever makes code of the written program gets this very text
-    served = load_program(packed)
+    served = load_program(folder / PROGRAM)
     write_fx_folder(served, folder / export_model_name, export_model_name)
     _write(folder / GRAPH, graph_text(served).encode())
     nodes = [
@@ -77,6 +77,7 @@ def write_dense_folder(
     }
     _write_json(folder / SAMPLE_ROWS, kept)
     _write_json(folder / DEFAULT_ROWS, dict(sorted((default_rows or {}).items())))
+    return served
 
 
 def describe_dense(

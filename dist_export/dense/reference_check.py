@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -232,7 +234,10 @@ def _run(
 def _move(program: ExportedProgram, device: torch.device) -> ExportedProgram:
     from torch.export.passes import move_to_device_pass
 
-    return move_to_device_pass(program, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of its deprecated classes
+        copied = copy.deepcopy(program)  # whose tensors are moved in their place
+    return move_to_device_pass(copied, device)
 
 
 def _compare(

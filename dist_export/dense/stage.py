@@ -48,6 +48,7 @@ from dist_export.dense.sample_run import SampleRun
 from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.sparse_values import SparseValues
 from dist_export.dense.trace import trace_dense
+from dist_export.dense.used_inputs import as_loaded
 from dist_export.dense.written_scores import WrittenScores
 from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry, TableEntry
@@ -189,7 +190,7 @@ class DenseStage:
         config, sample = self._config, self._sampled.sample
         assert sample is not None
         traced = trace_dense(sample, max_batch_size=config.max_batch_size, dynamic_dims=config.dynamic_dims)
-        write_dense_folder(
+        program = write_dense_folder(
             folder,
             sample,
             traced,
@@ -211,13 +212,13 @@ class DenseStage:
         self.parity = check_parity(
             sample,
             traced.inputs,
-            load_program(folder / PROGRAM),
+            program,
             shapes=[output.shape for output in self.entry.outputs],
             atol=config.atol,
             rtol=config.rtol,
             max_batch_size=config.max_batch_size,
         )
-        self._check_reference(load_program(folder / PROGRAM))
+        self._check_reference(as_loaded(program, lambda: load_program(folder / PROGRAM)))
         self.entry = FormatWriter(config, sample, traced, self.entry, self._compare_format).write(folder)
 
     def _compare_format(self, program: Any, what: str, bounds: Comparisons, parity: ParityEntry) -> ParityEntry:

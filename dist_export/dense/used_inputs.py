@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import fx
@@ -59,6 +59,11 @@ def find_written_state(program: ExportedProgram) -> list[str]:
     """Return the parameters, buffers and constants that the program writes into, whether or not an output depends on them."""
     written = {*_Graph(program.graph).written(), *_writers_of_buffers(program)}
     return sorted(target for node, target in _state_names(program).items() if node in written)
+
+
+def as_loaded(program: ExportedProgram, load: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """Return a program that has run as ``load`` gave it: itself, or loaded anew where a run changes its state."""
+    return load() if find_written_state(program) else program
 
 
 def _state_names(program: ExportedProgram) -> dict[str, str]:

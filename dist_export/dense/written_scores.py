@@ -18,6 +18,7 @@ from dist_export.dense.sample import SAMPLE, run_sparse_arch
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.sample_run import SampleRun
 from dist_export.dense.source_rows import SourceRows
+from dist_export.dense.used_inputs import as_loaded
 from dist_export.errors import ModelError, ParityError
 from dist_export.formats.package_entries import FilesParityEntry
 from dist_export.manifest import DriftEntry
@@ -35,6 +36,7 @@ class WrittenScores:
         self._config = config
         self._sampled = sampled
         self._load_program = load_program
+        self._program: ExportedProgram | None = None
         self.from_files: FilesParityEntry | None = None
         self.drift: DriftEntry | None = None
         """Both on rank 0."""
@@ -71,7 +73,7 @@ class WrittenScores:
         sampled.data = sampled.sparse_arch = sampled.dense_arch = None
         ranks.broadcast("compare the scores", lambda: self._compare(first and first[0], reads_rows=reads_rows))
         self.drift = sampled.drift.score(
-            first, run_again, sampled.sample, sampled.used, self._load_program, changes_rows=sampled.changes_rows
+            first, run_again, sampled.sample, sampled.used, self._take_program, changes_rows=sampled.changes_rows
         )
         if self.drift is not None and first is not None:
             self.drift_counts = sampled.drift.gather_counts()
@@ -127,8 +129,14 @@ class WrittenScores:
     def _compare(self, blocks: Blocks | None, *, reads_rows: bool) -> None:
         """Compare scores of ``blocks``, which the sparse arch gave when it ran again; None where it did not. Rank 0."""
         comparison, changes_rows = self._sampled.comparison(), self._sampled.changes_rows
-        program = self._load_program()
+        self._program = program = self._load_program()
         self.from_files = comparison.of_files(program, blocks, changes_rows=changes_rows, reads_rows=reads_rows)
+
+    def _take_program(self) -> ExportedProgram:
+        """Return the program as it was written. Once, after it was compared. Rank 0."""
+        program, self._program = self._program, None
+        assert program is not None
+        return as_loaded(program, self._load_program)
 
 
 def _refuse_to_run(*_: Any, **__: Any) -> tuple[Blocks, SampleRows]:

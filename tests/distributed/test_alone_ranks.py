@@ -145,7 +145,7 @@ def export_cases(rank: int, folder: str) -> dict[str, tuple[str, bool]]:
             models.save(models.train(kind()), Path(folder) / f"{name}.pth")
         dist.barrier()
         model = wrap(kind())
-        batch = models.batch_of(4 - rank)
+        batch = models.inputs_of(Plain(), models.batch_of(4 - rank))
         checkpoint, out = f"{folder}/{name}.pth", f"{folder}/{name}"
         manifest = Exporter(model, "sparse_arch", "dense_arch", [batch], checkpoint, out).export(progress=False)
         model.eval()(batch)  # the caller's group is alive, and so is the model

@@ -65,6 +65,13 @@ SLOW = {"ENTRY": crash.SCRIPT, "PAUSE_RANK": "none", "SLOW_SECS": "3"}
 """Every rank takes three seconds for each unit of work."""
 
 
+def wait_for_shards(job: Job) -> None:
+    deadline = time.monotonic() + 60
+    while not list(job.out.glob("*.safetensors")):
+        assert time.monotonic() < deadline, job.log.read_text() if job.log.exists() else job.cluster.logs()
+        time.sleep(0.1)
+
+
 def test_two_nodes_export(cluster: slurm.Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path)
     found = cluster.wait(job.submit())
@@ -93,8 +100,11 @@ def test_the_signal_before_the_end_of_the_time_stops_it_and_a_rerun_resumes(
     cluster: slurm.Cluster, tmp_path: Path
 ) -> None:
     """SLURM sends SIGTERM to ranks and launchers, and the launchers send it on: twice to each rank."""
-    job = Job(cluster, tmp_path, "--time=2", "--signal=TERM@70", num_shards=40, node_ranks=1)
-    found = cluster.wait(job.submit(**{**SLOW, "SLOW_SECS": "6"}))
+    job = Job(cluster, tmp_path, "--time=10", "--signal=TERM@100", num_shards=40, node_ranks=1)
+    number = job.submit(**{**SLOW, "SLOW_SECS": "6"})
+    wait_for_shards(job)
+    cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=2")  # SLURM looks at the time left twice a minute
+    found = cluster.wait(number)
     log = job.log.read_text()
     assert found["JobState"] == "FAILED", f"it ended by itself, before the time was up: {found}{log}"
     assert len(job.own_lines()) == 1, log
@@ -114,10 +124,7 @@ def test_the_signal_before_the_end_of_the_time_stops_it_and_a_rerun_resumes(
 def test_scancel_stops_it_within_killwait(cluster: slurm.Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, num_shards=40, node_ranks=1)
     number = job.submit(**SLOW)
-    deadline = time.monotonic() + 60
-    while not list(job.out.glob("*.safetensors")):
-        assert time.monotonic() < deadline, job.log.read_text() if job.log.exists() else cluster.logs()
-        time.sleep(0.1)
+    wait_for_shards(job)
     cluster.run("scancel", number)
     started = time.monotonic()
     cluster.wait(number)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -26,15 +27,30 @@ from tests.support.s3 import s3_server
 
 pytestmark = [pytest.mark.distributed, pytest.mark.s3]
 
-PROBE = """
+ANSWERS = """
 import sys; sys.path.insert(0, {root!r})
+import contextlib, io, json, socket, traceback
 import s3fs
-from tests.support.s3 import s3_server
-fs = s3fs.S3FileSystem(**{options!r})
-if not fs.exists(s3_server.BUCKET):
-    fs.mkdir(s3_server.BUCKET)
-fs.pipe_file(s3_server.BUCKET + "/.probe", b"x")
-{then}
+for line in sys.stdin:
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            fs = s3fs.S3FileSystem(**{options!r}, skip_instance_cache=True)
+            exec(json.loads(line))
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+"""Runs each line of its input, a program in JSON: to start a Python for each would take seconds."""
+
+PROBE = f"""
+socket.create_connection(ADDRESS, 1).close()
+if not fs.exists({s3_server.BUCKET!r}):
+    fs.mkdir({s3_server.BUCKET!r})
+fs.pipe_file({s3_server.BUCKET!r} + "/.probe", b"x")
 """
 
 
@@ -43,22 +59,41 @@ class FarServer(s3_server.S3Server):
 
     def __init__(self, folder: Path, machine: machines.Machine) -> None:
         self._machine = machine
+        self._answering: subprocess.Popen[str] | None = None
         super().__init__(folder, address=machine.address)
 
     def _command(self) -> list[str]:
         return ["ip", "netns", "exec", self._machine.namespace, *super()._command()]
 
     def _answers(self) -> bool:
-        return self.ask("", timeout=20).returncode == 0
+        return self.ask(f"ADDRESS = {(self.address, self.ports[3])}{PROBE}", timeout=20).returncode == 0
 
-    def ask(self, then: str, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run a line of Python on that machine, with ``fs`` for the store."""
-        script = PROBE.format(root=str(ROOT), options=self.options(), then=then)
-        command = ["ip", "netns", "exec", self._machine.namespace, sys.executable, "-W", "ignore", "-c", script]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(command, 1, "", "timed out")
+    def ask(self, program: str, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a little Python on that machine, with ``fs`` for the store."""
+        if self._answering is None:
+            script = ANSWERS.format(root=str(ROOT), options=self.options())
+            command = ["ip", "netns", "exec", self._machine.namespace, sys.executable, "-W", "ignore", "-c", script]
+            self._answering = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        its = self._answering
+        assert its.stdin is not None
+        assert its.stdout is not None
+        its.stdin.write(json.dumps(program) + "\n")
+        its.stdin.flush()
+        if not select.select([its.stdout], [], [], timeout)[0]:  # one line answers one line: none is left in a buffer
+            self._stop_answering()
+            return subprocess.CompletedProcess(program, 1, "", "timed out")
+        return subprocess.CompletedProcess(program, *json.loads(its.stdout.readline()))
+
+    def _stop_answering(self) -> None:
+        its, self._answering = self._answering, None
+        if its is not None:
+            its.kill()
+            its.communicate()
+
+    def kill(self) -> None:
+        """End it, and what answers."""
+        self._stop_answering()
+        super().kill()
 
 
 @pytest.fixture(scope="module")

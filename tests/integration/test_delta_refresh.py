@@ -31,7 +31,8 @@ TINY: dict[str, Any] = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET
 
 
 def export(checkpoint: str, out: Path | str, model: nn.Module | None = None, **settings: Any) -> dist_export.Manifest:
-    given = [model or build(), "sparse_arch", "dense_arch", [models.batch_of()]]
+    batch = models.inputs_of(build(), models.batch_of())
+    given = [model or build(), "sparse_arch", "dense_arch", [batch]]
     return Exporter(*given, checkpoint, out, **settings).export(progress=False)
 
 
@@ -44,6 +45,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder, model = tmp_path_factory.mktemp("checkpoints"), models.train(build())
     before = models.save(model, folder / "before.pth")
     return before, models.save(train_on(model), folder / "after.pth")
+
+
+@pytest.fixture(scope="module")
+def base(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of the first checkpoint, which no test changes."""
+    out = tmp_path_factory.mktemp("packages") / "base"
+    export(checkpoints[0], out)
+    return out
 
 
 @pytest.mark.parametrize(
@@ -90,7 +99,7 @@ def test_the_dense_part_is_new_and_the_rows_are_those_of_the_base(checkpoints, t
             batch = models.batch_of(size, seed=size)
             with torch.no_grad():
                 eager = model.eval()(batch)
-            found = delta.score({name: value for name, value in batch.items() if name != "label"})
+            found = delta.score(models.inputs_of(model, batch))
             for name, scores in found.items():
                 np.testing.assert_allclose(scores, eager[name].numpy(), rtol=1e-5, atol=1e-6)
     assert verify(str(tmp_path / "delta")).findings == []
@@ -100,9 +109,8 @@ def test_the_dense_part_is_new_and_the_rows_are_those_of_the_base(checkpoints, t
     assert found.scores.max_abs["ctr"] > 0
 
 
-def test_no_row_of_the_checkpoint_is_read(checkpoints, tmp_path: Path, monkeypatch) -> None:
-    before, after = checkpoints
-    export(before, tmp_path / "base")
+def test_no_row_of_the_checkpoint_is_read(checkpoints, base: Path, tmp_path: Path, monkeypatch) -> None:
+    _, after = checkpoints
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("rows are read")
@@ -111,7 +119,7 @@ def test_no_row_of_the_checkpoint_is_read(checkpoints, tmp_path: Path, monkeypat
     for name in ("read_into", "read_each_into"):
         monkeypatch.setattr(RowReader, name, fail)
     monkeypatch.setattr("dist_export.checkpoint.id_reader.read_ids", fail)
-    refresh(after, tmp_path / "delta", tmp_path / "base", score_program="require")
+    refresh(after, tmp_path / "delta", base, score_program="require")
 
 
 def test_names_and_default_rows_are_those_of_the_base(checkpoints, tmp_path: Path) -> None:
@@ -196,52 +204,48 @@ def other(how: str) -> nn.Module:
     ],
 )
 def test_other_inputs_and_outputs_are_refused_before_anything_is_written(
-    checkpoints, tmp_path: Path, how: str, text: str
+    checkpoints, base: Path, tmp_path: Path, how: str, text: str
 ) -> None:
-    before, after = checkpoints
-    export(before, tmp_path / "base", other("none"))
+    _, after = checkpoints
     with pytest.raises(PlanError, match=text):
-        refresh(after, tmp_path / "delta", tmp_path / "base", model=other(how))
+        refresh(after, tmp_path / "delta", base, model=other(how))
     assert not (tmp_path / "delta").exists()
 
 
-def test_other_tables_are_refused(checkpoints, tmp_path: Path) -> None:
+def test_other_tables_are_refused(checkpoints, base: Path, tmp_path: Path) -> None:
     before, after = checkpoints
     state = torch.load(after)
     torch.save(state | {"sparse_arch.user.weight": torch.zeros(models.ROWS + 1, models.DIM)}, tmp_path / "grown.pth")
-    export(before, tmp_path / "base")
     with pytest.raises(
         PlanError, match=r"'sparse_arch.user.weight' has 30 rows by number, and that of the checkpoint 31"
     ):
-        refresh(str(tmp_path / "grown.pth"), tmp_path / "delta", tmp_path / "base")
+        refresh(str(tmp_path / "grown.pth"), tmp_path / "delta", base)
     exports.export({"ckpt_dir": before, "export_dir": str(tmp_path / "rows"), "treat_as_tables": ["*.weight"]})
     with pytest.raises(PlanError, match="it has no dense arch"):
         refresh(after, tmp_path / "delta", tmp_path / "rows")
     assert not (tmp_path / "delta").exists()
 
 
-def test_rows_of_a_delta_are_not_taken_back(checkpoints, tmp_path: Path) -> None:
+def test_rows_of_a_delta_are_not_taken_back(checkpoints, base: Path, tmp_path: Path) -> None:
     """A delta over the same base without rows is no hindrance."""
-    before, after = checkpoints
-    export(before, tmp_path / "base")
-    refresh(after, tmp_path / "first", tmp_path / "base")
-    refresh(before, tmp_path / "second", tmp_path / "first")
-    base = manifest_of(tmp_path / "second")["base"]
-    assert (base["path"], base["dense_only"]) == (str(tmp_path / "base"), True)
-    export(after, tmp_path / "rows", base=str(tmp_path / "base"))
+    (before, after), off = checkpoints, exports.SCORES_OFF
+    refresh(after, tmp_path / "first", base, **off)
+    refresh(before, tmp_path / "second", tmp_path / "first", **off)
+    taken = manifest_of(tmp_path / "second")["base"]
+    assert (taken["path"], taken["dense_only"]) == (str(base), True)
+    export(after, tmp_path / "rows", base=str(base), **off)
     with pytest.raises(ConfigError, match=r"3 changed, 0 new and 0 deleted rows .* would go back to the rows of"):
         refresh(after, tmp_path / "third", tmp_path / "rows")
     assert not (tmp_path / "third").exists()
 
 
-def test_a_checkpoint_without_tables_gives_a_dense_part(checkpoints, tmp_path: Path) -> None:
-    before, after = checkpoints
-    export(before, tmp_path / "base")
+def test_a_checkpoint_without_tables_gives_a_dense_part(checkpoints, base: Path, tmp_path: Path) -> None:
+    _, after = checkpoints
     state = {name: value for name, value in torch.load(after).items() if name.startswith("dense_arch")}
     torch.save(state, tmp_path / "dense.pth")
-    refresh(str(tmp_path / "dense.pth"), tmp_path / "delta", tmp_path / "base", score_program="require")
-    refresh(after, tmp_path / "whole", tmp_path / "base")
-    inputs = {name: value for name, value in models.batch_of(9, seed=3).items() if name != "label"}
+    refresh(str(tmp_path / "dense.pth"), tmp_path / "delta", base, score_program="require")
+    refresh(after, tmp_path / "whole", base)
+    inputs = models.inputs_of(build(), models.batch_of(9, seed=3))
     with dist_export.open_package(tmp_path / "delta") as one, dist_export.open_package(tmp_path / "whole") as two:
         assert one.score(inputs)["ctr"].tobytes() == two.score(inputs)["ctr"].tobytes()
 
@@ -250,8 +254,8 @@ def test_versions(checkpoints, tmp_path: Path) -> None:
     before, after = checkpoints
     versions, now = f"versions:{tmp_path / 'pub'}", {"base": "latest", "need_export_sparse": False}
     export(before, versions)
-    taken = ("user", "clicks", "tags_values", "tags_offsets", "price")
-    inputs = {name: value.numpy() for name, value in models.batch_of(5, seed=2).items() if name in taken}
+    batch = models.inputs_of(build(), models.batch_of(5, seed=2))
+    inputs = {name: value.numpy() for name, value in batch.items()}
     watcher = Watcher(versions)
     first = watcher.current.models["score"].infer(inputs)["ctr"]
     made = export(after, versions, **now)
@@ -333,13 +337,12 @@ def test_export_dir_that_is_the_checkpoint_or_the_base_stays(tmp_path: Path) -> 
     assert verify(str(tmp_path / "base")).findings == []
 
 
-def test_a_model_that_maps_raw_ids_is_refused(checkpoints, tmp_path: Path) -> None:
+def test_a_model_that_maps_raw_ids_is_refused(checkpoints, base: Path, tmp_path: Path) -> None:
     """Its maps are those of the new checkpoint, and the rows are those of the base."""
-    export(checkpoints[0], tmp_path / "base")
     model = build()
     model.sparse_arch.register_buffer("_mch_sorted_raw_ids", torch.arange(5), persistent=False)
     with pytest.raises(ModelError, match="sparse_arch maps raw ids to rows"):
-        refresh(checkpoints[1], tmp_path / "delta", tmp_path / "base", model=model)
+        refresh(checkpoints[1], tmp_path / "delta", base, model=model)
     assert not (tmp_path / "delta").exists()
 
 
@@ -372,10 +375,9 @@ class TiedHead(models.Head):
         return {"items": logits, **super().forward(blocks)}
 
 
-def test_a_run_that_ended_before_the_commit_is_completed(checkpoints, tmp_path: Path, monkeypatch) -> None:
-    before, after = checkpoints
-    export(before, tmp_path / "base")
-    refresh(after, tmp_path / "whole", tmp_path / "base")
+def test_a_run_that_ended_before_the_commit_is_completed(checkpoints, base: Path, tmp_path: Path, monkeypatch) -> None:
+    _, after = checkpoints
+    refresh(after, tmp_path / "whole", base)
 
     def fail(*_: Any) -> None:
         raise OSError("the disk is gone")
@@ -383,9 +385,9 @@ def test_a_run_that_ended_before_the_commit_is_completed(checkpoints, tmp_path: 
     with monkeypatch.context() as patched:
         patched.setattr("dist_export.pipeline.steps.publish", fail)
         with pytest.raises(ExportError, match="the disk is gone"):
-            refresh(after, tmp_path / "delta", tmp_path / "base")
+            refresh(after, tmp_path / "delta", base)
     assert not (tmp_path / "delta" / "manifest.json").exists()
-    refresh(after, tmp_path / "delta", tmp_path / "base")
+    refresh(after, tmp_path / "delta", base)
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "delta")]
     assert names[0] == names[1]
     assert verify(str(tmp_path / "delta")).findings == []

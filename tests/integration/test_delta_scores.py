@@ -34,7 +34,8 @@ def train_on(model: nn.Module) -> nn.Module:
 
 
 def export(checkpoint: str, out: Path, **settings: Any) -> dist_export.Manifest:
-    exporter = Exporter(build(), "sparse_arch", "dense_arch", [models.batch_of()], checkpoint, out, **settings)
+    batch, model = models.inputs_of(build(), models.batch_of()), build()
+    exporter = Exporter(model, "sparse_arch", "dense_arch", [batch], checkpoint, out, serving="off", **settings)
     return exporter.export(progress=False)
 
 
@@ -45,11 +46,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return before, models.save(train_on(model), folder / "after.pth")
 
 
-def test_a_delta_scores_as_the_full_export_and_as_the_model(checkpoints, tmp_path: Path) -> None:
-    before, after = checkpoints
-    export(before, tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of the first checkpoint, which no test changes."""
+    out = tmp_path_factory.mktemp("packages") / "base"
+    export(checkpoints[0], out)
+    return out
+
+
+def test_a_delta_scores_as_the_full_export_and_as_the_model(checkpoints, base: Path, tmp_path: Path) -> None:
+    _, after = checkpoints
     export(after, tmp_path / "full")
-    made = export(after, tmp_path / "delta", base=str(tmp_path / "base"), score_program="require")
+    made = export(after, tmp_path / "delta", base=str(base), score_program="require")
     assert made.parity is not None
     assert made.drift is not None
     assert all(entry.max_abs < 1e-5 for entry in made.drift.outputs.values())
@@ -58,7 +66,7 @@ def test_a_delta_scores_as_the_full_export_and_as_the_model(checkpoints, tmp_pat
     model.load_state_dict(torch.load(after))
     for size in (1, 2, 128):
         batch = models.batch_of(size, seed=size)
-        inputs = {name: value for name, value in batch.items() if name != "label"}
+        inputs = models.inputs_of(model, batch)
         with (
             dist_export.open_package(tmp_path / "delta") as delta,
             dist_export.open_package(tmp_path / "full") as full,
@@ -102,7 +110,7 @@ def test_a_chain_scores_as_the_full_export(checkpoints, tmp_path: Path) -> None:
 
 def test_casts_drift_as_in_a_full_export(checkpoints, tmp_path: Path) -> None:
     before, after = checkpoints
-    settings: dict[str, Any] = {"dtype": {"*": "bfloat16"}}
+    settings: dict[str, Any] = {"dtype": {"*": "bfloat16"}, "score_program": "off"}  # the drift is of the dense arch
     export(before, tmp_path / "base", **settings)
     full = export(after, tmp_path / "full", **settings)
     delta = export(after, tmp_path / "delta", base=str(tmp_path / "base"), **settings)
@@ -112,14 +120,13 @@ def test_casts_drift_as_in_a_full_export(checkpoints, tmp_path: Path) -> None:
 
 
 def test_rows_of_the_base_that_are_not_what_the_source_has_fail_the_export(
-    checkpoints, tmp_path: Path, monkeypatch
+    checkpoints, base: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Were the comparison blind, the sample would have the base's rows where the checkpoint has others."""
     from dist_export.delta import same_rows
 
-    before, after = checkpoints
-    export(before, tmp_path / "base")
+    _, after = checkpoints
     monkeypatch.setattr(same_rows, "_are_equal", lambda one, _: np.ones(len(one), bool))
     with pytest.raises(DistExportError):
-        export(after, tmp_path / "delta", base=str(tmp_path / "base"), compare="exact")
+        export(after, tmp_path / "delta", base=str(base), compare="exact")
     assert not (tmp_path / "delta" / "manifest.json").exists()

@@ -38,7 +38,7 @@ def export(model: Any, folder: Path, out: str, **settings: Any) -> Path:
         models.Model(models.ThreeTables(), 3 * models.DIM + 1),
         "sparse_arch",
         "dense_arch",
-        [models.batch_of()],
+        [models.inputs_of(models.Model(models.ThreeTables(), 3 * models.DIM + 1), models.batch_of())],
         models.save(model, folder / f"{out}.pth"),
         folder / out,
         score_program="require",

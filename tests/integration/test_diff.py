@@ -159,12 +159,19 @@ def train(base: Path, name: str, *, nudge: float = 0.0, look: str = "embedding")
         model.dense_arch.mlp[0].weight[0, 0] += nudge
     checkpoint = models.save(model, base / f"{name}.pth")
     build = models.Model(models.ThreeTables(), 3 * models.DIM + 1)
-    Exporter(build, "sparse_arch", "dense_arch", [models.batch_of()], checkpoint, base / name).export(progress=False)
+    batch = models.inputs_of(model, models.batch_of())
+    Exporter(build, "sparse_arch", "dense_arch", [batch], checkpoint, base / name).export(progress=False)
     return base / name
 
 
-def test_dense_parameters_and_scores(tmp_path: Path) -> None:
-    first, second = train(tmp_path, "a"), train(tmp_path, "b", nudge=0.5)
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of three tables, which no test changes."""
+    return train(tmp_path_factory.mktemp("three"), "a")
+
+
+def test_dense_parameters_and_scores(three: Path, tmp_path: Path) -> None:
+    first, second = three, train(tmp_path, "b", nudge=0.5)
     found = diff(first, second)
     assert all(table.is_equal for table in found.tables)
     assert list(found.dense.changed.values()) == [pytest.approx(0.5, abs=1e-6)]
@@ -199,13 +206,11 @@ class Other(nn.Module):
         return self.dense_arch(self.sparse_arch(batch))
 
 
-def test_other_models_differ_in_words(tmp_path: Path) -> None:
-    first = train(tmp_path, "a")
-    checkpoint = models.save(models.train(Other()), tmp_path / "other.pth")
-    Exporter(Other(), "sparse_arch", "dense_arch", [models.batch_of()], checkpoint, tmp_path / "b").export(
-        progress=False
-    )
-    found = diff(first, tmp_path / "b")
+def test_other_models_differ_in_words(three: Path, tmp_path: Path) -> None:
+    model = models.train(Other())
+    given = Other(), "sparse_arch", "dense_arch", [models.inputs_of(model, models.batch_of())]
+    Exporter(*given, models.save(model, tmp_path / "other.pth"), tmp_path / "b").export(progress=False)
+    found = diff(three, tmp_path / "b")
     assert "output 'ctr' is only in A" in found.dense.others
     assert "input 'block' is only in B" in found.dense.others
     assert "layer.weight" in " ".join(found.dense.only_in_b)
@@ -229,7 +234,9 @@ def test_the_score_program_is_compared_though_the_sample_has_the_same_scores(tmp
     checkpoint = models.save(models.train(Clamped(5.0)), tmp_path / "c.pth")
     for most in (5.0, 7.0):
         arches = "sparse_arch", "dense_arch"
-        Exporter(Clamped(most), *arches, [models.batch_of()], checkpoint, tmp_path / str(most)).export(progress=False)
+        model = Clamped(most)
+        batch = models.inputs_of(model, models.batch_of())
+        Exporter(model, *arches, [batch], checkpoint, tmp_path / str(most)).export(progress=False)
     found = diff(tmp_path / "5.0", tmp_path / "7.0")
     assert not any(found.scores.max_abs.values())
     assert "the code of the score program differs" in found.others
@@ -251,7 +258,7 @@ def pack(base: Path, name: str, batch: Any = None, **settings: Any) -> Path:
     """Export one model of one training."""
     model = models.Model(models.Lookups(nn.Embedding(models.ROWS, models.DIM), models.WAYS["embedding"][1]), 5)
     checkpoint = base / "c.pth" if (base / "c.pth").exists() else models.save(models.train(model), base / "c.pth")
-    batch = models.batch_of() if batch is None else batch
+    batch = models.inputs_of(model, models.batch_of() if batch is None else batch)
     Exporter(model, "sparse_arch", "dense_arch", [batch], checkpoint, base / name, **settings).export(progress=False)
     return base / name
 
@@ -282,8 +289,9 @@ def test_a_smaller_largest_batch_is_a_difference(trained: Path) -> None:
 def test_a_default_row_of_zeros_is_none(trained: Path) -> None:
     pack(trained, "hash", to_hash_tables=["*"])
     assert diff(trained / "hash", pack(trained, "zeros", to_hash_tables=["*"], default_row={"*": "zeros"})).is_equal
-    others = diff(trained / "hash", pack(trained, "ones", to_hash_tables=["*"], default_row={"*": [1.0] * 4}))
-    assert [table.default_row for table in others.tables] == [True]
+    others: dict[str, Any] = {"to_hash_tables": ["*"], "default_row": {"*": [1.0] * 4}, "score_program": "off"}
+    found = diff(trained / "hash", pack(trained, "ones", **others))
+    assert [table.default_row for table in found.tables] == [True]
 
 
 class Branches(nn.Module):
@@ -307,7 +315,8 @@ def test_branches_of_the_dense_program_are_compared(tmp_path: Path) -> None:
     checkpoint = models.save(models.train(build(2.0)), tmp_path / "c.pth")
     for most in (2.0, 3.0):
         arches = "sparse_arch", "dense_arch"
-        Exporter(build(most), *arches, [models.batch_of()], checkpoint, tmp_path / str(most)).export(progress=False)
+        given = build(most), *arches, [models.batch_of()], checkpoint, tmp_path / str(most)
+        Exporter(*given, score_program="off").export(progress=False)
     assert "the code of the dense program differs" in diff(tmp_path / "2.0", tmp_path / "3.0").dense.others
 
 

@@ -57,9 +57,9 @@ def train() -> nn.Module:
 
 def export(tmp_path: Path, state: Any, model: nn.Module, **settings: Any) -> Any:
     torch.save(state, tmp_path / "c.pth")
-    exporter = Exporter(
-        model, "sparse_arch", "dense_arch", [models.batch_of()], str(tmp_path / "c.pth"), tmp_path / "out", **settings
-    )
+    arches, batch = ("sparse_arch", "dense_arch"), models.inputs_of(model, models.batch_of())
+    settings = {"serving": "off", **settings}
+    exporter = Exporter(model, *arches, [batch], str(tmp_path / "c.pth"), tmp_path / "out", **settings)
     exporter.export(progress=False)
     return dist_export.open_package(tmp_path / "out")
 

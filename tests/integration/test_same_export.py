@@ -414,7 +414,7 @@ class Scaled(tiny_model.DenseArch):
 
 
 @pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list", *OTHER_KINDS])
-def test_values_of_the_model_itself_are_never_the_same(kind: str, tmp_path: Path) -> None:
+def test_an_export_with_other_values_of_the_model_itself_is_another_one(kind: str, tmp_path: Path) -> None:
     source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
 
     def run(value: float, **more: object) -> dist_export.Manifest:
@@ -429,7 +429,10 @@ def test_values_of_the_model_itself_are_never_the_same(kind: str, tmp_path: Path
     first = run(1.0)
     own = "read_global" if kind == "global" else "own" if kind in OTHER_KINDS else "scale"
     assert first.run["own_values"] == ["scales" if kind == "list" else own]
+    assert first.run["own_values_digest"].startswith("xxh3:")
     before = states(out)
+    assert run(1.0) == first
+    assert states(out) == before
     with pytest.raises(ConfigError, match=r"has values of the model itself \(run.own_values names them\).*overwrite"):
         run(5.0)
     assert states(out) == before
@@ -538,25 +541,6 @@ def test_the_file_system_of_a_path_is_that_of_the_deepest_mount(monkeypatch, tmp
     )
     for path, kind in (("a b/c", "nfs4"), ("a/c", "xfs"), ("ab", "ext4"), ("a", "xfs")):
         assert local_io.file_system_of(str(tmp_path / path)) == kind
-
-
-@pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list", *OTHER_KINDS])
-def test_values_of_the_model_itself_that_are_the_same_are_the_same_export(kind: str, tmp_path: Path) -> None:
-    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
-    more = {"allow_missing_dense": ["scale"]} if kind in ("parameter", "saved buffer") else {}
-
-    def run() -> dist_export.Manifest:
-        model = tiny_model.build_model()
-        model.dense_arch = Scaled(kind, 1.5)
-        return exports.exporter(
-            model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, out, filter_sparse_opt=True, **more
-        ).export()  # fmt: skip
-
-    first = run()
-    assert first.run["own_values_digest"].startswith("xxh3:")
-    before = states(out)
-    assert run() == first
-    assert states(out) == before
 
 
 def test_values_that_cannot_be_read_are_never_the_same() -> None:

@@ -132,7 +132,8 @@ def export(tmp_path: Path, build: Any, *, prefix: str = "", **settings: Any) -> 
     checkpoint = models.save(trained, tmp_path / "trained.pth")
     arches = f"{prefix}sparse_arch", f"{prefix}dense_arch"
     settings = {"score_program": "require", **settings}
-    Exporter(build(), *arches, [models.batch_of()], checkpoint, tmp_path / "out", **settings).export(progress=False)
+    batch = models.inputs_of(trained, models.batch_of())
+    Exporter(build(), *arches, [batch], checkpoint, tmp_path / "out", **settings).export(progress=False)
     return dist_export.open_package(tmp_path / "out"), trained
 
 

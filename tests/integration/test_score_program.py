@@ -28,7 +28,7 @@ def run(tmp_path: Path, build, dataset=None, *, out: str = "out", seed: int = 5,
     trained = models.train(build(), seed)
     checkpoint = models.save(trained, tmp_path / f"{out}.pth")
     settings = {"score_program": "require", **settings}
-    dataset = [models.batch_of()] if dataset is None else dataset
+    dataset = [models.inputs_of(trained, models.batch_of())] if dataset is None else dataset
     Exporter(build(), "sparse_arch", "dense_arch", dataset, checkpoint, tmp_path / out, **settings).export(
         progress=False
     )
@@ -63,8 +63,16 @@ def reason_of(tmp_path: Path, build, dataset=None, **settings) -> str:
     return notes[0]
 
 
-def test_a_package_scores_from_ids_as_the_trained_model_does(tmp_path: Path) -> None:
-    package, trained = run(tmp_path, three_tables)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A package of three tables, which no test changes, and the trained model. The sample has more than the model reads."""
+    folder = tmp_path_factory.mktemp("plain")
+    _, trained = run(folder, three_tables, [models.batch_of()])
+    return folder / "out", trained
+
+
+def test_a_package_scores_from_ids_as_the_trained_model_does(plain) -> None:
+    package, trained = dist_export.open_package(plain[0]), plain[1]
     for num_examples in (1, 2, 128):
         batch = models.batch_of(num_examples, seed=num_examples)
         found = package.score(batch)
@@ -86,13 +94,13 @@ def test_a_package_scores_from_ids_as_the_trained_model_does(tmp_path: Path) -> 
     assert entry.outputs[0].shape == ("batch", 1)
 
 
-def test_the_program_holds_no_table_and_has_the_manifests_names(tmp_path: Path) -> None:
-    package, _ = run(tmp_path, three_tables)
+def test_the_program_holds_no_table_and_has_the_manifests_names(plain) -> None:
+    package = dist_export.open_package(plain[0])
     program = package.load_score_program()
     assert sorted(program.state_dict) == [
         f"model.dense_arch.mlp.{layer}.{name}" for layer in (0, 2) for name in ("bias", "weight")
     ]
-    raw = (tmp_path / "out" / package.manifest.score.program).read_bytes()
+    raw = (plain[0] / package.manifest.score.program).read_bytes()
     assert b'"sparse_arch.user.weight"' in raw
     assert b"\\u001f" not in raw
 
@@ -107,8 +115,8 @@ def test_every_way_to_look_rows_up_gives_the_models_scores(tmp_path: Path) -> No
     assert shapes["tags_bounds"] == ("batch + 1",)
 
 
-def test_a_batch_without_ids_and_with_one_is_scored(tmp_path: Path) -> None:
-    package, trained = run(tmp_path, three_tables)
+def test_a_batch_without_ids_and_with_one_is_scored(plain) -> None:
+    package, trained = dist_export.open_package(plain[0]), plain[1]
     for num_ids in (0, 1):
         batch = models.batch_of(3)
         batch["tags_values"] = torch.zeros(num_ids, dtype=torch.int64)
@@ -122,8 +130,8 @@ def test_a_sample_of_one_example_is_enough(tmp_path: Path) -> None:
     assert_close(package.score(batch)["ctr"], scores(trained, batch))
 
 
-def test_it_works_with_torch_alone_far_from_the_models_code(tmp_path: Path) -> None:
-    package, trained = run(tmp_path, three_tables)
+def test_it_works_with_torch_alone_far_from_the_models_code(plain, tmp_path: Path) -> None:
+    package, trained = dist_export.open_package(plain[0]), plain[1]
     batch = models.batch_of(4, seed=8)
     np.savez(tmp_path / "in.npz", expected=scores(trained, batch), **{name: its.numpy() for name, its in batch.items()})
     code = """
@@ -160,10 +168,10 @@ def test_packages_with_the_same_table_names_live_side_by_side_in_threads(tmp_pat
     assert not np.allclose(pairs[0][0].score(batches[0])["ctr"], pairs[1][0].score(batches[0])["ctr"])
 
 
-def test_a_program_keeps_its_package_and_a_package_is_not_kept_by_its_scores(tmp_path: Path) -> None:
+def test_a_program_keeps_its_package_and_a_package_is_not_kept_by_its_scores(plain) -> None:
     import weakref
 
-    package, trained = run(tmp_path, three_tables)
+    package, trained = dist_export.open_package(plain[0]), plain[1]
     batch = models.batch_of(3)
     package.score(batch)
     module = package.load_score_program().module()
@@ -175,7 +183,7 @@ def test_a_program_keeps_its_package_and_a_package_is_not_kept_by_its_scores(tmp
     del module
     gc.collect()
     assert gone() is None
-    scored = dist_export.open_package(tmp_path / "out")
+    scored = dist_export.open_package(plain[0])
     scored.score(batch)
     gone = weakref.ref(scored.files)
     gc.disable()
@@ -195,8 +203,8 @@ def test_the_callers_tensors_stay_as_they_are(tmp_path: Path) -> None:
     assert_close(found, scores(trained, batch))
 
 
-def test_wrong_inputs_are_one_sentence(tmp_path: Path) -> None:
-    package, _ = run(tmp_path, three_tables)
+def test_wrong_inputs_are_one_sentence(plain) -> None:
+    package = dist_export.open_package(plain[0])
     batch = models.batch_of(3)
     for change, told in (
         ({"user": None}, "input 'user' is missing; the score program takes user, clicks"),

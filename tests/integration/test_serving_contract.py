@@ -69,7 +69,7 @@ def known_inputs(package) -> list[str]:
 def plain(tmp_path_factory):
     """A package of three tables, with its contract, and the trained model."""
     path = tmp_path_factory.mktemp("plain")
-    package, trained = run(path, three_tables)
+    package, trained = run(path, three_tables, [models.batch_of()])
     return path / "out", package, trained
 
 

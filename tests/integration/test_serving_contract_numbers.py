@@ -129,7 +129,8 @@ def test_a_number_that_meets_no_id_of_the_request_is_unknown(tmp_path: Path, nam
     make = _WithLimit if "of the model" in name else lambda: nn.Embedding(models.ROWS, models.DIM)
     with torch.no_grad():
         width = models.Lookups(make(), look)(batch)["block"].shape[1]
-    package, _ = run(tmp_path, lambda: models.Model(models.Lookups(make(), look), width + 1), [batch])
+    build = lambda: models.Model(models.Lookups(make(), look), width + 1)
+    package, _ = run(tmp_path, build, [models.inputs_of(build(), batch)])
     assert "block" not in known_inputs(package)
 
 

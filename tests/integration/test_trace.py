@@ -13,7 +13,7 @@ from torch import nn
 from dist_export.dense.eager import exporting
 from dist_export.dense.sample import check_input_names
 from dist_export.dense.trace import check_dynamic_dims, output_shapes
-from dist_export.dense.used_inputs import input_names
+from dist_export.dense.used_inputs import as_loaded, input_names
 from dist_export.errors import ConfigError, ModelError, TraceError
 from tests.support.dense_nets import Net, operators, some_inputs, trace
 
@@ -297,8 +297,23 @@ class Caching(nn.Module):
         return self.lazy(inputs["a"] + inputs["b"] + self.cache) + self.mean
 
 
+class Filling(Counting):
+    """Writes into its buffer what is there already."""
+
+    def forward(self, inputs):
+        self.count.fill_(0)
+        return inputs["a"] + inputs["b"] + self.count
+
+
 def test_what_the_first_run_sets_up_is_fine() -> None:
     assert trace(Caching()).dropped == ()
+
+
+def test_a_program_is_loaded_anew_for_a_second_comparison_only_if_its_runs_change_it() -> None:
+    anew = trace(lambda _, inputs: inputs["a"] + 1).program
+    kept = trace(lambda _, inputs: inputs["a"] + 2).program
+    assert as_loaded(kept, lambda: anew) is kept
+    assert as_loaded(trace(Filling()).program, lambda: anew) is anew
 
 
 def test_constants_become_part_of_the_program() -> None:

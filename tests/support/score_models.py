@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,34 @@ def batch_of(num_examples: int = 6, seed: int = 0) -> Batch:
         "factor": torch.tensor(1.5),
         "label": torch.randint(0, 2, (num_examples,), generator=random),
     }
+
+
+class _Noted(dict[str, torch.Tensor]):
+    """A batch that notes what is read of it."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        self.seen |= self.keys()
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.seen |= self.keys()
+        return super().items()
+
+
+def inputs_of(model: nn.Module, batch: Batch) -> Batch:
+    """Return what the model reads of a batch, for tests of other matters: for what it does not, torch traces once more."""
+    noted = _Noted(batch)
+    with torch.no_grad():
+        copy.deepcopy(model).eval()(noted)
+    return {name: tensor for name, tensor in batch.items() if name in noted.seen}
 
 
 def train(model: nn.Module, seed: int = 5) -> nn.Module:
