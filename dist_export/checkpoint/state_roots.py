@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dist_export.checkpoint.arch_roots import find_arch_roots, find_model_root
 from dist_export.checkpoint.flat_states import Choice, choose_flat, copy_path, say_choice
-from dist_export.checkpoint.model_weights import plain_name  # copies of one model differ in wrappers
+from dist_export.checkpoint.model_weights import ModelWeights, plain_name  # copies of one model differ in wrappers
 from dist_export.checkpoint.state_keys import (
     MODEL_KEYS,
     Member,
@@ -28,7 +28,7 @@ from dist_export.checkpoint.state_keys import (
     nested_root,
 )
 from dist_export.checkpoint.tensor_settings import WHOLE, TensorSettings
-from dist_export.checkpoint.wrapping_prefix import strip_wrapping_prefix
+from dist_export.checkpoint.wrapping_prefix import say_below, strip_wrapping_prefix, take_below
 from dist_export.errors import UnaskedError
 from dist_export.humanize import count
 
@@ -103,12 +103,45 @@ def choose_state(
         if settings.state_root != WHOLE:
             names, prefix = strip_wrapping_prefix(names, settings.weights)
             notes = (*notes, *([_say_prefix(where, prefix)] if prefix else []))
+            names, beside, told = _leave_beside(names, settings, where=where)
+            left_out, notes = left_out | beside, (*notes, *told)
         if all(within in spellings[name] for name, within in names.items()):
             known = frozenset(spelling for its in spellings.values() for spelling in its)
             several = "" if settings.state_root else _say_several(rest)
+            if not several and not any(map(_is_table_of(settings.weights), names.values())):
+                several = say_below([member.name for member in rest], settings.weights, root=settings.state_root)
             return State(names, frozenset(optimizer), known, left_out, notes, several)
         for name, within in names.items():
             spellings[name].add(within)
+
+
+def _leave_beside(
+    names: dict[str, str], settings: TensorSettings, *, where: str
+) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+    """Leave out what lies beside the one prefix that has all of the model's names: ``names``, ``left_out``, ``notes``."""
+    kept, prefix = take_below(names, settings.weights)
+    if not prefix:
+        return names, {}, ()
+    steps = prefix.split(".")
+
+    def root_of(name: str, within: str) -> str:
+        """Return the full name up to the first element that is not the prefix's."""
+        its = within.split(".")
+        place = next((n for n, (one, two) in enumerate(zip(its, steps, strict=False)) if one != two), len(its) - 1)
+        return name.removesuffix(within) + ".".join(its[: place + 1])
+
+    left_out = {name: root_of(name, within) for name, within in names.items() if name not in kept}
+    told = list_some(sorted(set(left_out.values())))
+    note = f"{where}: all of the model's names lie below {prefix!r}, which is what is read; left out: {told}"
+    return kept, left_out, (note,)
+
+
+def _is_table_of(weights: ModelWeights | None) -> Callable[[str], bool]:
+    """Return what says whether a name within the model, or within the sparse arch, is that of one of its tables."""
+    if weights is None:
+        return lambda _: True  # nothing is known to be missed
+    begin = f"{weights.sparse_name}." if weights.sparse_name else ""
+    return lambda name: not weights.tables.isdisjoint((plain_name(name), begin + plain_name(name)))
 
 
 def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> Choice:

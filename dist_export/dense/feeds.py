@@ -222,11 +222,16 @@ class WeightFeed(Feed):
                 "would change the trained rows. Nothing was written. Do this in training only (if self.training), or write "
                 "the changed rows into the table before the export"
             )
+        self._counts.changed[self.table] = how
         num_bytes = self.weight.numel() * self.weight.element_size()
         if not self._is_whole_kept and num_bytes <= self._finder.max_memory_bytes:
             self._is_whole_kept = True
             with torch.no_grad():
                 self._keep(slice(None))
+
+    def note_renorm(self, max_norm: float) -> None:
+        """Note that the model's rows are not those that the package has, once they are looked up."""
+        self._counts.changed[self.table] = f"max_norm={max_norm:g}"
 
     def note_ambiguous(self, how: str) -> None:
         """Note it where settings make other rows of the one table than of the other: either may be meant."""

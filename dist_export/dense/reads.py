@@ -23,9 +23,11 @@ from dist_export.dense.origins import Origins, address_of, tensors_in
 _MOST_ROWS = 1024
 """A part of a table that is read as it lies counts as ids up to here, and as the whole table above."""
 
+_RENORM = "aten::embedding_renorm_"
+
 _IDS_OF: dict[str, int] = {
     "aten::embedding": 1,
-    "aten::embedding_renorm_": 1,
+    _RENORM: 1,
     "aten::_embedding_bag": 1,
     "aten::_embedding_bag_forward_only": 1,
 }
@@ -64,6 +66,9 @@ class Feed(Protocol):
 
     def note_write(self, how: str) -> None:
         """Note that the operator ``how`` is about to write into the weight."""
+
+    def note_renorm(self, max_norm: float) -> None:
+        """Note that a lookup is about to shorten the rows that it reads."""
 
     def note_ambiguous(self, how: str) -> None:
         """Note that an operator reads the weight of several tables, and none of their modules is called."""
@@ -170,9 +175,8 @@ class TableReads:
         if name in _READS_NOTHING:
             return
         with self.unseen():
-            if name not in _IDS_OF:  # a lookup with max_norm shortens the rows that it reads, which are put back
-                for tensor in written_by(func, args, kwargs):
-                    self._see_write(tensor, name)
+            for tensor in written_by(func, args, kwargs):
+                self._see_write(tensor, name, float(args[2]) if name == _RENORM else None)
             if self._origins is not None and not self._is_within_table():
                 for tensor in (*tensors_in(args), *tensors_in(kwargs)):
                     self._origins.look(tensor, name)
@@ -195,11 +199,14 @@ class TableReads:
             with self.unseen():
                 self._see(tensor, None, name)
 
-    def _see_write(self, tensor: torch.Tensor, how: str) -> None:
+    def _see_write(self, tensor: torch.Tensor, how: str, max_norm: float | None) -> None:
         begin, end = _bytes_of(tensor) if tensor.numel() else (0, 0)
         for watched in self._watched.get(address_of(tensor), ()):
             if begin < watched.end and end > watched.begin and not callable(watched.feed):
-                watched.feed.note_write(how)
+                if max_norm is None:
+                    watched.feed.note_write(how)
+                else:  # of rows that it reads, so they are kept and put back
+                    watched.feed.note_renorm(max_norm)
 
     def _see(self, tensor: torch.Tensor, ids: torch.Tensor | None, how: str) -> None:
         its = self._watched.get(address_of(tensor)) if self._watched else None

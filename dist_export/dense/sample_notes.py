@@ -54,6 +54,12 @@ def note_rows(
         "counts as an id that was looked up"
         for name, whole in sorted(rows.whole.items())
     ]
+    notes += [
+        f"table {name!r}: the sparse arch writes into rows before it reads them ({how}), and the model's scores are made of what "
+        "is there then. The package has the rows as they were before: a server that looks rows up and runs the dense program has "
+        "to do the same to them, or its scores are others"
+        for name, how in sorted(rows.changed.items())
+    ]
     return notes
 
 

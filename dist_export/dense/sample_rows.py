@@ -57,6 +57,8 @@ class SampleRows:
         """Tables, by the same names, of which an operator read all rows."""
         self.tied: dict[tuple[str, str], int] = {}
         """Tables for which the model has one weight -> its rows."""
+        self.changed: dict[str, str] = {}
+        """Tables into whose rows the sparse arch writes before it reads them -> by what."""
         self.unregistered: dict[str, str] = {}
         """Parameters that the sparse arch read and does not register: where they are -> class, dtype and shape."""
         self.hidden_tables: dict[str, str] = {}

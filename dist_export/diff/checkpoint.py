@@ -12,6 +12,7 @@ import numpy as np
 
 from dist_export.checkpoint.detect import AUTO, DCP, SAFETENSORS, TORCH, detect_format
 from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
+from dist_export.checkpoint.model_weights import ModelWeights, plain_name
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import CastDtype
@@ -33,6 +34,8 @@ from dist_export.storage.directory import Directory
 from dist_export.verify.work_split import share_out
 
 _THREADS = 2
+_NO_MODULE = "."
+"""The path of no module."""
 NOT_COMPARED = "only rows are compared with a checkpoint: not the dense arch, and no scores"
 
 
@@ -114,9 +117,10 @@ def compare_checkpoint(
         export_dir=package.directory.location.given,
         filter_sparse_opt=True,
         num_shards=1,
-        **{"treat_as_tables": _tables_of(directory, package.manifest, given), **given},
+        **given,
     )
-    opened = open_tables(ranks, directory, config)
+    weights = ranks.run("look at the tables", lambda: _weights_of(directory, package.manifest, given))
+    opened = open_tables(ranks, directory, config, weights=weights)
     asked = ranks.run("look at the package", lambda: config.with_changes(**settings_as(package.manifest, opened)))
     # an id that the checkpoint has twice is refused here: which of its rows is to be compared?
     plan = plan_sparse(ranks, choose_tables(ranks, opened, asked), asked, world_size=ranks.world_size).plan
@@ -150,12 +154,13 @@ def compare_checkpoint(
     )
 
 
-def _tables_of(directory: Directory, package: Manifest, given: Mapping[str, Any]) -> list[str]:
-    """Return patterns of the tensors that are tables, where the checkpoint does not say it: those of the package."""
+def _weights_of(directory: Directory, package: Manifest, given: Mapping[str, Any]) -> ModelWeights | None:
+    """Return which tensors are tables, where the checkpoint does not say it: those of the package, as far as they are there."""
     asked = given.get("format", AUTO)
     if given.get("treat_as_tables") or detect_format(directory, asked=asked) not in (DCP, SAFETENSORS, TORCH):
-        return []
-    return [glob.escape(_name_of(table)) for table in package.tables]
+        return None
+    tables = frozenset(plain_name(_name_of(table)) for table in package.tables)
+    return ModelWeights(sparse_name="", dense_name=_NO_MODULE, tables=tables, elsewhere=frozenset())
 
 
 def _pair_tables(plan: SparsePlan, package: Package) -> list[_Paired]:

@@ -290,4 +290,6 @@ def _has_other_default(a: Package, b: Package, name: str) -> bool:
         rows.append(None if slot is None else decode_rows(package.default_row(name)[None], slot))
     if rows[0] is None or rows[1] is None:
         return rows[0] is not rows[1]
-    return (rows[0].shape, rows[0].dtype, rows[0].tobytes()) != (rows[1].shape, rows[1].dtype, rows[1].tobytes())
+    if rows[0].dtype == rows[1].dtype:
+        return (rows[0].shape, rows[0].tobytes()) != (rows[1].shape, rows[1].tobytes())
+    return not np.array_equal(rows[0], rows[1], equal_nan=True)  # rows of two dtypes are compared by their values, too

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +25,20 @@ class Lists(NamedTuple):
 
 
 Column = np.ndarray | Lists
+_Reader = Callable[[str, int], Iterator[dict[str, Column]]]
 
 
-def read_batches(path: str, batch_size: int) -> Iterator[dict[str, Column]]:
+def read_batches(path: str, batch_size: int, entries: Sequence[TensorEntry]) -> Iterator[dict[str, Column]]:
     """Yield the rows of a file in batches, as columns by name.
+
+    ``entries``: the inputs of the program; an npz file may have them as they are.
 
     Raises:
         UserError: the file is missing, or is no parquet, jsonl or npz.
     """
     suffix = Path(path).suffix
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".npz": _read_npz}
+    npz = functools.partial(_read_npz, shapes={entry.name: tuple(entry.shape) for entry in entries})
+    readers: dict[str, _Reader] = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".npz": npz}
     if suffix not in readers:
         raise UserError(f"{path}: inputs are read from {', '.join(readers)}, by the end of the name")
     try:
@@ -143,16 +148,19 @@ def _read_jsonl(path: str, batch_size: int) -> Iterator[dict[str, Column]]:
         yield _from_arrow(pa.Table.from_pylist(rows), path)
 
 
-def _read_npz(path: str, batch_size: int) -> Iterator[dict[str, Column]]:
-    """Arrays are cut along their first dimension. ``x_values`` is cut by ``x_lengths`` or ``x_offsets``."""
+def _read_npz(path: str, batch_size: int, shapes: Mapping[str, tuple[int | str, ...]]) -> Iterator[dict[str, Column]]:
+    """Arrays are cut along their first dimension. ``x_values`` is cut by ``x_bounds``, ``x_lengths`` or ``x_offsets``.
+
+    ``shapes``: of the program's inputs.
+    """
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     columns: dict[str, Column] = {}
     for name, array in arrays.items():
         stem, _, part = name.rpartition("_")
-        if part in ("values", "weights") and (bounds := _bounds_of(stem, arrays)) is not None:
+        if part in ("values", "weights") and (bounds := _bounds_of(stem, name, arrays, shapes, path)) is not None:
             columns[stem if part == "values" else name] = Lists(array, bounds)
-        elif part not in LIST_PARTS or f"{stem}_values" not in arrays:
+        elif not _is_part(name, arrays):
             columns[name] = array
     counts = {name: _count(column) for name, column in columns.items()}
     if len(set(counts.values())) > 1:
@@ -162,14 +170,47 @@ def _read_npz(path: str, batch_size: int) -> Iterator[dict[str, Column]]:
         yield {name: _slice(column, first, min(first + batch_size, total)) for name, column in columns.items()}
 
 
-def _bounds_of(stem: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    if f"{stem}_bounds" in arrays:
-        return arrays[f"{stem}_bounds"]
-    if f"{stem}_lengths" in arrays:
-        return np.append(0, np.cumsum(arrays[f"{stem}_lengths"]))
-    if f"{stem}_offsets" in arrays:
-        return np.append(arrays[f"{stem}_offsets"], len(arrays[f"{stem}_values"]))
-    return None
+def _is_part(name: str, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether an array says something of the lists ``<stem>_values``, and is no column."""
+    stem, _, part = name.rpartition("_")
+    return part in LIST_PARTS and f"{stem}_values" in arrays
+
+
+def _bounds_of(
+    stem: str, name: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int | str, ...]], path: str
+) -> np.ndarray | None:
+    """Return where the lists of an array ``name`` begin and end, None where no other array says so.
+
+    Raises:
+        UserError: they do not fit into the array, one after the other.
+    """
+    part = next((part for part in ("bounds", "lengths", "offsets") if f"{stem}_{part}" in arrays), None)
+    if part is None:
+        return None
+    given = arrays[f"{stem}_{part}"]
+    bounds = np.append(0, np.cumsum(given)) if part == "lengths" else given
+    if part == "offsets" and not _has_end(given, shapes.get(f"{stem}_offsets"), arrays):
+        bounds = np.append(given, len(arrays[name]))
+    if (
+        bounds.ndim != 1
+        or not len(bounds)
+        or bounds[0]
+        or (np.diff(bounds) < 0).any()
+        or bounds[-1] != len(arrays[name])
+    ):
+        told = " (the input of the program has the end behind them)" if part == "offsets" and bounds is given else ""
+        raise UserError(
+            f"{path}: '{stem}_{part}'{told} does not cut the {len(arrays[name]):,} elements of {name!r} into lists, one after "
+            f"the other: it is {np.array2string(given, threshold=6, edgeitems=2, separator=', ')}"
+        )
+    return bounds
+
+
+def _has_end(offsets: np.ndarray, shape: tuple[int | str, ...] | None, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether the last of offsets is the end of all lists: so the program's input says, else the rows of other arrays."""
+    if shape in (("batch",), ("batch + 1",)):
+        return shape == ("batch + 1",)
+    return len(offsets) - 1 in {len(array) for name, array in arrays.items() if not _is_part(name, arrays)}
 
 
 def _slice(column: Column, first: int, last: int) -> Column:

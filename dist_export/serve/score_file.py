@@ -55,7 +55,7 @@ def score_file(
 
     partial, writer, total = f"{target}.partial", None, 0
     try:
-        for columns in read_batches(source, batch_size):
+        for columns in read_batches(source, batch_size, entries):
             missing = [name for name in keep if name not in columns]
             if missing:
                 raise UserError(f"{source}: no column {missing[0]!r} to keep; the file has {', '.join(columns)}")

@@ -150,6 +150,18 @@ def test_a_default_row_is_a_difference(pair, tmp_path: Path) -> None:
     assert user.is_equal
 
 
+@pytest.mark.parametrize(("default", "is_other"), [(None, False), ([0.5] * DIM, False), ([0.1] * DIM, True)])
+def test_a_default_row_of_another_dtype_is_compared_by_its_values(
+    default, is_other: bool, pair, tmp_path: Path
+) -> None:
+    """A cast of the rows is no other default row, unless it rounds this one, too."""
+    settings = {} if default is None else {"default_row": {"item": default}}
+    for name, more in (("wide", {}), ("narrow", {"dtype": {"item": "float16"}})):
+        exports.export({"ckpt_dir": str(pair[0]), "export_dir": str(tmp_path / name), **settings, **more})
+    item, user = diff(tmp_path / "wide", tmp_path / "narrow").tables
+    assert (item.name, item.default_row, user.default_row) == ("item", is_other, False)
+
+
 # ---- the dense arch ----
 
 

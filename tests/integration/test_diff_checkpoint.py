@@ -118,3 +118,20 @@ def test_other_tables_slots_and_widths_are_told(sources, tmp_path: Path, capsys)
     assert "the table is only in the checkpoint" in told
     assert "the table is only in the package" in told
     assert "only rows are compared with a checkpoint" in told
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_table_that_the_checkpoint_lacks_is_a_difference(prefix: str, tmp_path: Path, capsys) -> None:
+    """It was an error that named a setting which nobody had given."""
+    weights = {f"sparse_arch.{name}.weight": torch.rand(rows, 4) for name, rows in (("item", 9), ("user", 5))}
+    torch.save(weights, tmp_path / "whole.pth")
+    package = export(tmp_path / "whole.pth", tmp_path / "out", treat_as_tables=["*.weight"])
+    del weights["sparse_arch.user.weight"]
+    torch.save({prefix + name: its for name, its in weights.items()}, tmp_path / "less.pth")
+    code, found = run(capsys, tmp_path / "less.pth", package)
+    assert code == 1
+    assert counts(found["tables"]) == [
+        ("sparse_arch.item.weight", 9, 0, 0, 0, 0.0),
+        ("sparse_arch.user.weight", 0, 0, 5, 0, 0.0),
+    ]
+    assert [table["slots"] for table in found["tables"]] == [[], ["the table is only in the package"]]

@@ -71,11 +71,27 @@ def values_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
-def export(model: Model, out: Path, ckpt_dir: Path | None) -> None:
-    settings: dict[str, Any] = {} if ckpt_dir is None else {"filter_sparse_opt": True}
-    exports.exporter(
+def export(model: Model, out: Path, ckpt_dir: Path | None, **settings: Any) -> list[str]:
+    """Export, and return the notes."""
+    settings |= {} if ckpt_dir is None else {"filter_sparse_opt": True}
+    manifest = exports.exporter(
         model, "sparse_arch", "dense_arch", batches(), None if ckpt_dir is None else str(ckpt_dir), str(out), **settings
     ).export(progress=False)
+    return list(manifest.notes)
+
+
+WRITES = "table 'sparse_arch.user.weight': the sparse arch writes into rows before it reads them ({})"
+
+
+@pytest.mark.parametrize("score_program", ["off", "auto"])
+@pytest.mark.parametrize("limit", [0.5, None])
+def test_rows_that_a_lookup_shortens_have_a_note(limit: float | None, score_program: str, tmp_path: Path) -> None:
+    """Of the package's rows the dense program makes other scores than the model: parity alone says that all is well."""
+    model = build(1)
+    model.sparse_arch.user.max_norm = limit
+    torch.save(model.state_dict(), tmp_path / "ckpt.pt")
+    notes = export(model, tmp_path / "out", tmp_path / "ckpt.pt", score_program=score_program)
+    assert any(note.startswith(WRITES.format("max_norm=0.5")) for note in notes) == (limit is not None)
 
 
 @pytest.mark.parametrize("is_live", [True, False])
@@ -126,7 +142,8 @@ def test_a_forward_that_writes_into_its_table(how: str, is_live: bool, tmp_path:
             export(model, tmp_path / "out", None)
         assert not (tmp_path / "out").exists()
     else:
-        export(model, tmp_path / "out", tmp_path / "ckpt.pt")
+        notes = export(model, tmp_path / "out", tmp_path / "ckpt.pt")
+        assert any(note.startswith(WRITES.format("aten::")[:-1]) for note in notes)
         found, _ = dist_export.open_package(tmp_path / "out").lookup("sparse_arch.user.weight", np.arange(ROWS))
         np.testing.assert_array_equal(found, before["sparse_arch.user.weight"].numpy())
     after = values_of(model)

@@ -15,7 +15,8 @@ import dist_export
 from dist_export.cli import main
 from dist_export.errors import UserError
 from dist_export.manifest import TensorEntry
-from dist_export.serve.columns import Lists, to_inputs
+from dist_export.serve.columns import Lists, read_batches, to_inputs
+from dist_export.serve.score_file import score_file
 from tests.support import score_models as models
 
 TAGS = ("tags_values", "tags_offsets")
@@ -257,3 +258,92 @@ def test_names_and_places_that_cannot_be_are_one_line(narrow_package: Path, tmp_
         told = capsys.readouterr().err
         assert message in told
         assert told.count("\n") == 1, told
+
+
+@pytest.fixture(scope="module")
+def bounded_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package whose program takes offsets with the end of all lists behind them, and nothing else that has a row each."""
+    folder = tmp_path_factory.mktemp("bounded")
+    look = lambda its, batch: its.table(batch["tags_values"], batch["tags_offsets"])
+    sparse = lambda: models.Lookups(torch.nn.EmbeddingBag(models.ROWS, models.DIM, include_last_offset=True), look)
+    build = lambda: models.Model(BlockOf(sparse()), models.DIM)
+    batch = {"tags_values": torch.arange(6), "tags_offsets": torch.tensor([0, 2, 3, 6])}
+    checkpoint = models.save(models.train(build()), folder / "model.pth")
+    dist_export.Exporter(
+        build(),
+        "sparse_arch",
+        "dense_arch",
+        [batch],
+        checkpoint,
+        folder / "out",
+        score_program="require",
+        progress=False,
+    ).export()
+    return folder / "out"
+
+
+class BlockOf(torch.nn.Module):
+    def __init__(self, lookups: models.Lookups) -> None:
+        super().__init__()
+        self.lookups = lookups
+
+    def forward(self, batch: models.Batch) -> models.Batch:
+        return {"block": self.lookups.look(self.lookups, batch)}
+
+
+@pytest.mark.parametrize("batch_size", [2, 4096])
+def test_an_array_as_the_program_takes_it_has_no_row_more(
+    bounded_package: Path, batch_size: int, tmp_path: Path
+) -> None:
+    """The end of all lists was taken for the beginning of one more."""
+    given = {"tags_values": np.array([3, 1, 4, 1, 5]), "tags_offsets": np.array([0, 2, 2, 5])}
+    package = dist_export.open_package(bounded_package)
+    assert [entry.shape for entry in package.manifest.score.inputs][1] == ("batch + 1",)
+    np.savez(tmp_path / "rows.npz", **given)
+    assert score_file(package, str(tmp_path / "rows.npz"), str(tmp_path / "out.parquet"), batch_size=batch_size) == 3
+    found = parquet.read_table(tmp_path / "out.parquet")["ctr"].to_numpy()
+    np.testing.assert_allclose(found, package.score(given)["ctr"][:, 0], rtol=1e-5, atol=1e-6)
+
+
+def read_lists(folder: Path, entries: list[TensorEntry], **arrays: object) -> list[int]:
+    np.savez(folder / "rows.npz", **{name: np.array(value) for name, value in arrays.items()})
+    (columns,) = read_batches(str(folder / "rows.npz"), 10, entries)
+    lists = columns["tags"]
+    assert isinstance(lists, Lists)
+    return np.diff(lists.bounds).tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "others", "expected"),
+    [
+        ("batch", {}, [2, 1, 0]),
+        ("batch + 1", {}, [2, 1]),
+        ("n", {}, [2, 1, 0]),
+        ("n", {"user": [7, 8]}, [2, 1]),
+        ("n", {"user": [7, 8, 9]}, [2, 1, 0]),
+        (None, {"user": [7, 8]}, [2, 1]),
+    ],
+)
+def test_whether_offsets_have_the_end_is_known(
+    shape: str | None, others: dict[str, list[int]], expected: list[int], tmp_path: Path
+) -> None:
+    entries = [] if shape is None else [TensorEntry(name="tags_offsets", dtype="int64", shape=(shape,))]
+    assert read_lists(tmp_path, entries, tags_values=[5, 6, 7], tags_offsets=[0, 2, 3], **others) == expected
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"tags_offsets": [0, 1]}, r"'tags_offsets' \(the input of the program has the end behind them\) does not cut"),
+        ({"tags_bounds": [0, 2, 1, 3]}, "'tags_bounds' does not cut the 3 elements of 'tags_values' into lists"),
+        ({"tags_bounds": [1, 3]}, "'tags_bounds' does not cut"),
+        ({"tags_bounds": []}, "'tags_bounds' does not cut"),
+        ({"tags_lengths": [2, 2]}, "'tags_lengths' does not cut"),
+        ({"tags_lengths": [4, -1]}, "'tags_lengths' does not cut"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(arrays: dict[str, list[int]], told: str, tmp_path: Path) -> None:
+    """Elements that no list has, or that two have, are a mistake; they were left out, or read twice."""
+    entries = [TensorEntry(name="tags_offsets", dtype="int64", shape=("batch + 1",))]
+    with pytest.raises(UserError, match=told):
+        read_lists(tmp_path, entries, tags_values=[5, 6, 7], **arrays)

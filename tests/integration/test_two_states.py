@@ -350,3 +350,25 @@ def test_an_average_alone_is_exported_and_said_to_be_one(kind: str, key: str, tm
 def test_a_model_of_that_name_is_no_average(tmp_path: Path) -> None:
     source = save_torch_whole(tmp_path / "ckpt", {"model": make_model(2).state_dict()})
     assert not any("moving average" in note for note in export_plain(source, tmp_path / "out").notes)
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch, flat", "dcp", "dcp, flat", "safetensors"])
+def test_state_of_a_module_around_the_model_is_left_out(kind: str, tmp_path: Path) -> None:
+    """As PyTorch Lightning saves a module with a loss that has weights of its own."""
+    trained = make_model(2)
+    around = {f"model.{name}": its for name, its in trained.state_dict().items()} | {"loss.weight": torch.ones(3)}
+    source = SAVERS[kind](tmp_path / "ckpt", {"state_dict": around})
+    manifest = export_plain(source, tmp_path / "out")
+    assert_is(tmp_path / "out", manifest, trained)
+    assert any("all of the model's names lie below" in note and note.endswith(".loss") for note in manifest.notes)
+    assert manifest.account.left_out == {"not of the model": 12}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_state_root_without_tables_says_where_they_are(kind: str, tmp_path: Path) -> None:
+    state = make_model(2).state_dict()
+    states = {"model": state, "ema": {name: its for name, its in state.items() if name.startswith("dense_arch.")}}
+    source = NESTED[kind](tmp_path / "ckpt", states)
+    told = "no table of the model lies below state_root, 'ema'; .* it holds 4 below 'model', 2 below 'ema'"
+    with pytest.raises(UserError, match=told):
+        export_plain(source, tmp_path / "out", state_root="ema")

@@ -208,7 +208,7 @@ def _list_left_out(tables: Sequence[DcpTable]) -> Iterable[str]:
 
 def _no_tables(found: DcpCheckpoint) -> str:
     matrices = [f"{name} {list(tensor.shape)}" for name, tensor in found.dense if len(tensor.shape) == 2]
-    several = found.several and f"{found.several}. With all of them "
+    several = found.several and f"{found.several}. As it is, "
     return (
         f"{found.directory.url}: {several}no tensor of this DCP checkpoint is a table, because no matrix lies below "
         "embedding_bags or embeddings; name those that are with treat_as_tables: [patterns], or set need_export_sparse: false. "

@@ -285,7 +285,7 @@ def _name_once(slots: list[tuple[str, StoredTensor]]) -> tuple[tuple[str, Stored
 
 def say_no_tables(found: Sorted, where: str) -> str:
     """Return what to tell where no table is known."""
-    several = found.several and f"{found.several}. With all of them "
+    several = found.several and f"{found.several}. As it is, "
     return (
         f"{where}: {several}no matrix lies below embedding_bags or embeddings, as torchrec names its tables; name those that are "
         f"tables with treat_as_tables: [patterns]. Its matrices: {listed(found.matrices)}"

@@ -53,7 +53,8 @@ def test_an_embedding_with_padding_and_one_that_renormalizes(make_finder) -> Non
     )
     before = sparse.norm.weight.detach().clone()
     finder = make_finder(sparse__pad=table_of([0, 3], num_parts=1), sparse__norm=table_of([3], num_parts=1))
-    found, _ = run(sparse, torch.tensor([0, 3, 4]), finder)
+    found, counts = run(sparse, torch.tensor([0, 3, 4]), finder)
+    assert counts.changed == {"sparse.norm": "max_norm=1"}
     assert torch.equal(found[:2, :2], rows(0, 3))
     torch.testing.assert_close(found[1, 2:].norm(), torch.tensor(1.0))
     assert torch.equal(sparse.norm.weight, before), "rows that the lookup itself changed are put back too"
