@@ -154,10 +154,12 @@ def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, 
     below = [member for member in members if member.name.startswith(begin)]
     roots = find_roots(members)
     if not below:
+        deeper = next((m.name.partition(f".{begin}")[0] for m in members if f".{begin}" in m.name), None)
+        also = "" if deeper is None else f" or to a deeper path: state_root: {deeper}.{settings.state_root}"
         raise UnaskedError(
             f"{where}: state_root is {settings.state_root!r}, but no tensor lies below it; there are "
             f"{_count_roots(members, roots)}"
-            "; set state_root to one of them"
+            f"; set state_root to one of them{also}"
         )
     inner = [Member(m.name.removeprefix(begin), _cut_path(m, len(begin)), m.shape) for m in below]
     names, removed, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest, begin=begin)
