@@ -12,12 +12,13 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_export.dense.behind_arch import changes_scores
 from dist_export.dense.eager import uncompiled
 from dist_export.dense.modes import eval_mode, ready_to_load
 from dist_export.dense.own_parameters import buffers_put_back, put_values, resharded, state_put_back
@@ -59,6 +60,8 @@ class Reference:
     """The dtype that autocast or FSDP computed in; None for that of the tensors."""
     rows: SampleRows
     """What this rank's tables looked up."""
+    has_more_behind: bool = False
+    """Whether the model gave other scores than its dense arch returned."""
 
 
 class ReferenceRunner:
@@ -163,12 +166,16 @@ class ReferenceRunner:
         recorder = _Recorder(self._sparse_arch, self._dense_arch)
         with self._prepared(self._model, finder) as counts, recorder:
             try:
-                self._model(copy_containers(data))
+                output = self._model(copy_containers(data))
             except DistExportError:
                 raise
             except Exception as error:  # noqa: BLE001 -- whatever it is, the arches may run all the same
                 return f"model(batch) fails: {said(error)}{blame(error)}"
-        return recorder.complaint() or recorder.reference(MODEL, "", counts)
+        complaint = recorder.complaint()
+        if complaint:
+            return complaint
+        found = recorder.reference(MODEL, "", counts)
+        return replace(found, has_more_behind=changes_scores(output, found.output, data))
 
     def _try(self, attempt: Callable[[], Reference | str]) -> tuple[Reference | None, list[str]]:
         """Return what this rank recorded, and of each rank why it is no reference (empty where it is one)."""

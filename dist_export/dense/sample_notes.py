@@ -13,6 +13,12 @@ from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ModelError
 from dist_export.humanize import count, few
 
+SCORES_BEHIND = (
+    "model(batch) gives other scores than its dense arch returns: what forward does behind the dense arch, such as a sigmoid, "
+    "is in no score of the package. Put it into the dense arch to have it there"
+)
+"""The note of a model whose scores are not those of its dense arch."""
+
 
 def note_rows(
     rows: SampleRows, finder: RowFinder | None, missing: Sequence[str], *, has_checkpoint: bool, is_asked: bool

@@ -32,7 +32,14 @@ from dist_export.dense.reference_check import refuse_other_batch, refuse_other_i
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
-from dist_export.dense.sample_notes import note_constants, note_passed, note_pruned, note_rows, refuse_lacking
+from dist_export.dense.sample_notes import (
+    SCORES_BEHIND,
+    note_constants,
+    note_passed,
+    note_pruned,
+    note_rows,
+    refuse_lacking,
+)
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.tied_tables import refuse_torn_tables
@@ -228,6 +235,8 @@ class SampleRun:
             refuse_other_inputs(self.sample, self.reference, atol=self._config.atol, rtol=self._config.rtol)
         if self.reference.kind == MODEL:
             refuse_other_batch(self.sample, blocks.tensors, self.reference)
+        if self.reference.has_more_behind:
+            return [SCORES_BEHIND]
         reason = self.reference.reason
         told = "scores are those of dense_arch(sparse_arch(batch)); what forward does before the two and between them is left out"
         return [f"{reason}: {told}"] if reason else []

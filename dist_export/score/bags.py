@@ -31,7 +31,8 @@ def pool_bags(
     if ids.dim() == 2:
         num_bags, length = ids.shape[0], ids.shape[1]
         counts = torch.ones_like(ids) if padding_idx is None else (ids != padding_idx).to(ids.dtype)
-        rows = rows_of(ids.reshape(-1)).reshape(num_bags, length, -1)
+        rows = rows_of(ids.reshape(-1))
+        rows = rows.reshape(num_bags, length, rows.shape[-1])  # no -1: of no bags it could be anything
         return _reduce(rows, counts, per_sample_weights, mode, num_bags=num_bags, bag_of=None)
     assert offsets is not None
     bounds = offsets if not include_last_offset else offsets[:-1]

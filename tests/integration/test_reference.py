@@ -106,6 +106,32 @@ def test_what_the_dense_arch_returned_is_the_reference_whatever_forward_does_wit
     assert found.rows.asked == {"user": 4}
 
 
+def both(scores: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([scores["ctr"], scores["ctr"] * 2], 1)
+
+
+@pytest.mark.parametrize(
+    ("finish", "has_more"),
+    [
+        (lambda scores, data: scores, False),
+        (lambda scores, data: scores["ctr"][:, None], False),
+        (lambda scores, data: scores["ctr"].mean(), False),
+        (lambda scores, data: (scores["ctr"].mean(), (scores["ctr"].detach(), data["price"].double())), False),
+        (lambda scores, data: {**scores, "probability": torch.sigmoid(scores["ctr"])}, False),
+        (lambda scores, data: both(scores), False),
+        (lambda scores, data: (scores["ctr"].mean(), data["price"]), False),
+        (lambda scores, data: torch.sigmoid(scores["ctr"]), True),
+        (lambda scores, data: {"ctr": scores["ctr"] / 1.5, "label": data["price"]}, True),
+        (lambda scores, data: both(scores).softmax(1), True),
+        (lambda scores, data: (scores["ctr"].mean(), (torch.sigmoid(scores["ctr"]), data["price"])), True),
+    ],
+)
+def test_scores_that_are_made_behind_the_dense_arch_are_seen(finish, has_more: bool, tmp_path: Path) -> None:
+    """Neither a loss nor a label is one, and what the dense arch returns may be given in another shape, or beside others."""
+    found = run(Model(lambda model, data: finish(model.dense(model.sparse(data)), data)), tmp_path)
+    assert found.has_more_behind == has_more
+
+
 def fail(model, data):
     model.dense(model.sparse(data))
     raise KeyError("label")

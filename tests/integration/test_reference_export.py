@@ -99,6 +99,12 @@ def test_a_model_that_fails_as_a_whole_is_noted(source: Path) -> None:
     assert "scores are those of dense_arch(sparse_arch(batch))" in note
 
 
+def test_scores_that_are_made_behind_the_dense_arch_are_noted(source: Path) -> None:
+    """The package has what the dense arch returns: nobody else would tell that the model's own are others."""
+    model = Model()
+    assert any(note.startswith("model(batch) gives other scores") for note in export(source, model, rows=4).notes)
+
+
 def swap_order(patch) -> None:
     real = Blocks.fill
     patch.setattr(Blocks, "fill", lambda self, tensors: dict(reversed(list(real(self, tensors).items()))))

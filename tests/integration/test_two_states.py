@@ -147,6 +147,12 @@ def test_a_state_root_that_is_not_there_is_refused(case: str, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_a_state_root_that_lies_deeper_is_told(tmp_path: Path) -> None:
+    source = SAVERS["torch"](tmp_path / "ckpt", {"state_dict": flatten({"net": make_model(2).state_dict()})})
+    with pytest.raises(UserError, match=r"there are state_dict\.net \(\d+ tensors\); set state_root to one of them$"):
+        export_plain(source, tmp_path / "out", state_root="net")
+
+
 @pytest.mark.parametrize("root", [None, "ema"])
 def test_optimizer_state_beside_two_states_stays_optimizer_state(root: str | None, tmp_path: Path) -> None:
     """A slot of the table by name, dropped unless asked for, whichever state is read."""

@@ -40,8 +40,9 @@ def test_no_ids_at_all(mode: str) -> None:
 @pytest.mark.parametrize(("mode", "padding_idx"), list(itertools.product(["sum", "mean", "max"], [None, 5])))
 def test_bags_of_one_length(mode: str, padding_idx: int | None) -> None:
     ids = torch.tensor([[5, 1, 2], [5, 5, 5], [0, 0, 7]])
-    found, expected = pool(ids, mode=mode, padding_idx=padding_idx)
-    torch.testing.assert_close(found, expected)
+    for its in (ids, ids[:0]):
+        found, expected = pool(its, mode=mode, padding_idx=padding_idx)
+        torch.testing.assert_close(found, expected)
 
 
 def test_weights_of_ids() -> None:
