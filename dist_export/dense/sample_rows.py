@@ -55,8 +55,6 @@ class SampleRows:
         """By the model's name of a table, the rows or ids (int64, sorted, unique) that were read; also when recording."""
         self.whole_reads: set[str] = set()
         """Tables, by the same names, of which an operator read all rows."""
-        self.tied: dict[tuple[str, str], int] = {}
-        """Tables for which the model has one weight -> its rows."""
         self.unregistered: dict[str, str] = {}
         """Parameters that the sparse arch read and does not register: where they are -> class, dtype and shape."""
         self.hidden_tables: dict[str, str] = {}
