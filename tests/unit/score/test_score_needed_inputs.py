@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_export.score.needed_inputs import holds_always
+from dist_export.score.needed_inputs import holds_always, is_of_tried_sizes
 
 
 @pytest.mark.parametrize("condition", ["batch + 1 >= 1", "((-1) + (batch + 1)) == batch"])
@@ -18,3 +18,17 @@ def test_what_every_size_fulfils_is_no_condition(condition: str) -> None:
 )
 def test_what_some_size_does_not_fulfil_is_one(condition: str) -> None:
     assert not holds_always(condition)
+
+
+@pytest.mark.parametrize(
+    ("condition", "is_of_these"),
+    [
+        ("batch != 1", True),
+        ("clicks_size_1 != 1 or batch == 1", True),
+        ("values_size != 1", False),
+        ("(batch + 1) == values_size", False),
+    ],
+)
+def test_sizes_that_a_program_is_tried_with(condition: str, is_of_these: bool) -> None:
+    """Of how many elements all lists have together, no batch of the tries needs to have the least."""
+    assert is_of_tried_sizes(condition) is is_of_these
