@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from dist_export.dense.used_inputs import find_used_inputs
 _SYMBOL = re.compile(r"[a-z]+\d+")
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _NO_BOUND = 2**62
+_WORD = re.compile(r"\b[A-Za-z_]\w*")
+_MAX_TRIES = 20_000
+"""Of combinations of sizes for one condition."""
 
 
 def free_dims(tensor: torch.Tensor, *, all_free: bool = False) -> dict[int, Any]:
@@ -91,30 +95,40 @@ def list_conditions(program: ExportedProgram, names: Sequence[str], *, from_zero
         text = _SIZE.sub(lambda match: _in_guard(shapes, match), guard)
         left, _, right = text.partition(" == ")
         is_bound = re.fullmatch(r"[a-z]+\d+ (<|>|<=|>=|!=) \d+", text) and "!=" not in text
-        if left != right and not is_bound and _SYMBOL.search(text):
+        if left != right and not is_bound and _SYMBOL.search(text) and not holds_always(text):
             found.append(text)
     return found
 
 
 def holds_always(condition: str, *, smallest: int = 0) -> bool:
-    """Whether a condition in names of sizes says nothing of sizes from ``smallest`` on, such as ``batch + 1 >= 1``."""
-    names = sorted(set(re.findall(r"[a-z_]\w*", condition)))
-    if len(names) != 1:
+    """Whether a condition in names of sizes says nothing of sizes from ``smallest`` on, such as ``batch + 1 >= 1``.
+
+    It is tried with small sizes and with those near the numbers in it.
+    """
+    names = _names_in(condition)
+    numbers = {int(text) for text in re.findall(r"\d+", _WORD.sub("", condition))}
+    near = {size for number in numbers for size in (number - 1, number, number + 1)}
+    near |= {size for number in numbers for other in numbers - {0} for size in (number * other, number // other)}
+    sizes = sorted(size for size in {0, 1, 2, 3, 7, 64, 10**6 + 3} | near if size >= smallest)
+    if not names or len(sizes) ** len(names) > _MAX_TRIES:
         return False
     try:
+        code = compile(condition.strip(), "<condition>", "eval")
         return all(
-            eval(condition, {"__builtins__": {}}, {names[0]: size})  # noqa: S307 -- torch wrote it, of the caller's model
-            for size in (0, 1, 2, 3, 7, 64, 10**6 + 3)
-            if size >= smallest
+            eval(code, {"__builtins__": {}}, dict(zip(names, its, strict=True)))  # noqa: S307 -- torch wrote it, of the caller's model
+            for its in itertools.product(sizes, repeat=len(names))
         )
     except (NameError, TypeError, SyntaxError, ArithmeticError):
         return False
 
 
+def _names_in(condition: str) -> list[str]:
+    return sorted(set(_WORD.findall(condition)) - {"or", "and", "not"})
+
+
 def is_of_tried_sizes(condition: str) -> bool:
     """Whether a condition, in names of sizes, is of the batch and of lengths of lists alone, with which a program is tried."""
-    names = set(re.findall(r"[a-z_]\w*", condition)) - {"or", "and", "not"}
-    return all(name == "batch" or re.fullmatch(r"\w+_size_[1-9]\d*", name) for name in names)
+    return all(name == "batch" or re.fullmatch(r"\w+_size_[1-9]\d*", name) for name in _names_in(condition))
 
 
 def _in_guard(shapes: Mapping[str, tuple[Any, ...]], match: re.Match[str]) -> str:

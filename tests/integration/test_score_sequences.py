@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ class Sparse(nn.Module):
         self.change = change
 
     def forward(self, batch: Batch) -> Batch:
-        return {"clicks": self.change(self.items(batch["clicks"]))}
+        return {"clicks": self.change(self.items(batch["clicks"])), "item": self.items(batch["item"])}
 
 
 class Recurrent(nn.Module):
@@ -66,9 +67,23 @@ class Model(nn.Module):
         return self.dense_arch(self.sparse_arch(batch))
 
 
+class Target(nn.Module):
+    """Puts the item beside each click, as in a deep interest network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * DIM, 1)
+
+    def forward(self, blocks: Batch) -> torch.Tensor:
+        clicks = blocks["clicks"]
+        item = blocks["item"].unsqueeze(1).expand_as(clicks)
+        return self.linear(torch.cat([item, clicks], dim=-1)).sum((1, 2))
+
+
 def batch_of(num_examples: int, length: int = 6) -> Batch:
     random = torch.Generator().manual_seed(num_examples)
-    return {"clicks": torch.randint(0, ROWS, (num_examples, length), generator=random)}
+    clicks = torch.randint(0, ROWS, (num_examples, length), generator=random)
+    return {"clicks": clicks, "item": torch.arange(num_examples) % ROWS}
 
 
 def run(
@@ -116,3 +131,16 @@ def test_a_branch_on_the_least_sizes_is_not_lost(
     """A trace that takes each size for 2 or more does not see it."""
     with pytest.raises(ModelError, match="score_program is require, but there can be none: the "):
         run(tmp_path, Attention, change)
+
+
+def test_a_condition_that_always_holds_is_none(tmp_path: Path) -> None:
+    """``expand_as`` gave ``batch == batch or batch == 1``: a note told of refused inputs, and the contract knew no input."""
+    package, trained = run(tmp_path, Target)
+    assert package.manifest.score.conditions == ()
+    assert not any("takes only sizes" in note for note in package.manifest.notes)
+    assert [entry.unknown for entry in package.manifest.serving.inputs] == [msgspec.UNSET] * 2
+    for batch in [batch_of(size, length) for size in (0, 1, 9) for length in (1, 6, 8)]:
+        with torch.no_grad():
+            expected = trained(batch).numpy()
+        (found,) = package.score(batch).values()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
