@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,7 +99,9 @@ def exporting(dense_arch: nn.Module) -> Iterator[None]:
     for module in marked:
         module.exported = True  # type: ignore[assignment]
     try:
-        with uncompiled():
+        with uncompiled(), warnings.catch_warnings():
+            # of the list of weights that nn.GRU and its like keep; state that a program changes is looked for by itself
+            warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

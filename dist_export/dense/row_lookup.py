@@ -163,6 +163,27 @@ class RowFinder(KnownTables):
         """Whether the model's own tables are what is exported."""
         return self._checkpoint.memory is not None or self._only is not None
 
+    @property
+    def is_of_source(self) -> bool:
+        """Whether these are rows of the checkpoint, and not of written shards or of a base."""
+        return not self._source.is_written
+
+    @property
+    def aliases(self) -> frozenset[str]:
+        """Names of tables and dense parameters that the checkpoint has under another name alone."""
+        payload = self._checkpoint.payload
+        return frozenset() if payload is None else frozenset(name for name, _ in payload.aliases)
+
+    def are_one(self, one: str, other: str) -> bool:
+        """Whether the rows of two tables are the same bytes of the same files."""
+        parts, blocks = self._checkpoint.parts, self._checkpoint.blocks
+        spans = []
+        for table in (one, other):
+            its, column = parts.of_table(self._numbers[table]), self.stored_embedding(table).column
+            first = [parts.first_row_of(part) for part in its]
+            spans.append(np.stack([blocks.file[its, column], blocks.offset[its, column], parts.rows[its], first]))
+        return np.array_equal(spans[0], spans[1]) and bool((spans[0][0] >= 0).all())
+
     def looked_up(self) -> list[str]:
         """Return the tables of which any id was looked up."""
         return [table for table, number in self._numbers.items() if number in self._found]

@@ -55,8 +55,6 @@ class SampleRows:
         """By the model's name of a table, the rows or ids (int64, sorted, unique) that were read; also when recording."""
         self.whole_reads: set[str] = set()
         """Tables, by the same names, of which an operator read all rows."""
-        self.tied: dict[tuple[str, str], int] = {}
-        """Tables for which the model has one weight -> its rows."""
         self.changed: dict[str, str] = {}
         """Tables into whose rows the sparse arch writes before it reads them -> by what."""
         self.unregistered: dict[str, str] = {}

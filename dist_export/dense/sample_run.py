@@ -42,7 +42,7 @@ from dist_export.dense.sample_notes import (
 )
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.source_rows import SourceRows
-from dist_export.dense.tied_tables import refuse_torn_tables
+from dist_export.dense.tied_weights import refuse_torn_weights
 from dist_export.dense.trace import check_dynamic_dims
 from dist_export.dense.unfed_tables import dense_tables_refused, refuse_unregistered_tables
 from dist_export.formats.row_encodings import RowCast
@@ -132,6 +132,9 @@ class SampleRun:
         ranks, config, finder = self._ranks, self._config, self.finder
         notes: list[str] = []
         assert self._batches is not None
+        refuse_torn_weights(
+            ranks, self._objects.model, finder, self._parameters, config, max_memory_bytes=config.max_memory_bytes
+        )
         further = self.drift.record(sparse_arch, finder)
         blocks, rows = ranks.run(
             "run the sparse arch on the sample",
@@ -180,7 +183,6 @@ class SampleRun:
         self.drift.compare_reads(0, rows)
         finder = self.finder
         if finder is not None:
-            refuse_torn_tables(self._ranks, finder, rows)
             probe = Probe(self._ranks, sparse_arch, self.data, finder, sparse_model_name=self._config.sparse_model_name)
             rows.unseen |= probe.look(blocks, rows, changes_rows=bool(self.casts) or bool(self._config.prune))
 

@@ -70,7 +70,6 @@ def checkpoint_rows(
             feeds.add_tensors(module, paths)
         feeds.watch()
         counts.tables |= feeds.tables
-        counts.tied |= feeds.tied()
         feeds.flip()
         feeds.look_into_scripts(modules)
         counts.knows_a_table = bool(feeds.tables or counts.sharded_tables) or any(
@@ -233,14 +232,6 @@ class _Feeds:
         self._counts.unknown_tables += [path for path, weight in self._unknown if address_of(weight) not in known]
         for hashed in self._hashed:
             hashed.watch(self._reads)
-
-    def tied(self) -> dict[tuple[str, str], int]:
-        """Return pairs of tables for which the model has one and the same weight, with the number of its rows."""
-        found: dict[tuple[str, str], int] = {}
-        for feeds in self._by_weight.values():
-            names = sorted({feed.table for feed in feeds})
-            found |= {(names[0], name): len(feeds[0].weight) for name in names[1:]}
-        return found
 
     def flip(self) -> None:
         """Change the memory of tables whose rows that nobody asks for are to show in the blocks, if any is read all the same.

@@ -40,7 +40,7 @@ def trace_blocks(scored: ScoredModel, batch: FlatBatch) -> BlockProgram:
     """
     names = tuple(scored.sample.inputs)
     program = export_arches(dataclasses.replace(scored, blocks=names), batch, list(batch.tensors), {})
-    with sizes_from_zero():
+    with sizes_from_zero(scored.from_zero):
         program = decompose(program)
     own_changed_state(program)
     return BlockProgram(program, batch, dict(batch.tensors), names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from dist_export.dense.used_inputs import find_used_inputs
 _SYMBOL = re.compile(r"[a-z]+\d+")
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _NO_BOUND = 2**62
+_WORD = re.compile(r"\b[A-Za-z_]\w*")
+_MAX_TRIES = 20_000
+"""Of combinations of sizes for one condition."""
 
 
 def free_dims(tensor: torch.Tensor, *, all_free: bool = False) -> dict[int, Any]:
@@ -23,7 +27,12 @@ def free_dims(tensor: torch.Tensor, *, all_free: bool = False) -> dict[int, Any]
 
 
 def find_needed(
-    program: ExportedProgram, tensors: Mapping[str, torch.Tensor], names: Sequence[str], *, all_free: Sequence[str] = ()
+    program: ExportedProgram,
+    tensors: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    *,
+    all_free: Sequence[str] = (),
+    from_zero: bool = True,
 ) -> list[str]:
     """Return the inputs that the program cannot do without, in call order.
 
@@ -36,12 +45,15 @@ def find_needed(
     by_value = set(find_used_inputs(program, {}))
     by_size = set(find_used_inputs(program, labels)) - by_value
     known = set(numbers) | {label for name in by_value for label in labels[name].values()}
-    compared = {symbol for text in list_conditions(program, names) for symbol in _SYMBOL.findall(text)}
+    compared = {
+        symbol for text in list_conditions(program, names, from_zero=from_zero) for symbol in _SYMBOL.findall(text)
+    }
     needed = set(by_value)
     for name in names:
         new = {dim for dim, label in labels[name].items() if label not in known}
         free = free_dims(tensors[name], all_free=name in all_free)
-        is_fixed = any(isinstance(shapes[name][dim], int) for dim in free) and can_be_free(tensors[name])
+        is_fixed = any(isinstance(shapes[name][dim], int) for dim in free)
+        is_fixed = is_fixed and can_be_free(tensors[name], from_zero=from_zero)
         if name in by_value or not (is_fixed or (new and (name in by_size or compared & _symbols(shapes[name], new)))):
             continue
         needed.add(name)
@@ -53,21 +65,26 @@ def _symbols(shape: Sequence[Any], dims: Iterable[int]) -> set[str]:
     return {symbol for dim in dims for symbol in _SYMBOL.findall(str(shape[dim]))}
 
 
-def can_be_free(tensor: torch.Tensor) -> bool:
+def can_be_free(tensor: torch.Tensor, *, from_zero: bool = True) -> bool:
     """Whether this torch lets each size of the tensor be free."""
+    return _is_free_from_zero(from_zero) or min(tensor.shape, default=2) > 1
+
+
+def _is_free_from_zero(from_zero: bool) -> bool:
     from torch.fx.experimental import _config
 
-    return hasattr(_config, "backed_size_oblivious") or min(tensor.shape, default=2) > 1
+    return from_zero and hasattr(_config, "backed_size_oblivious")
 
 
-def list_conditions(program: ExportedProgram, names: Sequence[str]) -> list[str]:
+def list_conditions(program: ExportedProgram, names: Sequence[str], *, from_zero: bool = True) -> list[str]:
     """Return what the model's code demands of free sizes, such as ``s0 <= 1000``, in symbols. A program checks it itself.
 
-    ``names``: of the inputs, in call order. Sizes that are equal have one symbol, and are no condition here.
+    Args:
+        program: what was traced.
+        names: of the inputs, in call order. Sizes that are equal have one symbol, and are no condition here.
+        from_zero: as it was traced.
     """
-    from torch.fx.experimental import _config
-
-    lowest = 0 if hasattr(_config, "backed_size_oblivious") else 2  # what torch assumes of any size
+    lowest = 0 if _is_free_from_zero(from_zero) else 2  # what torch assumes of any size
     shapes = input_shapes(program, names)
     found: list[str] = []
     for symbol, bounds in program.range_constraints.items():
@@ -78,24 +95,40 @@ def list_conditions(program: ExportedProgram, names: Sequence[str]) -> list[str]
         text = _SIZE.sub(lambda match: _in_guard(shapes, match), guard)
         left, _, right = text.partition(" == ")
         is_bound = re.fullmatch(r"[a-z]+\d+ (<|>|<=|>=|!=) \d+", text) and "!=" not in text
-        if left != right and not is_bound and _SYMBOL.search(text):
+        if left != right and not is_bound and _SYMBOL.search(text) and not holds_always(text):
             found.append(text)
     return found
 
 
 def holds_always(condition: str, *, smallest: int = 0) -> bool:
-    """Whether a condition in names of sizes says nothing of sizes from ``smallest`` on, such as ``batch + 1 >= 1``."""
-    names = sorted(set(re.findall(r"[a-z_]\w*", condition)))
-    if len(names) != 1:
+    """Whether a condition in names of sizes says nothing of sizes from ``smallest`` on, such as ``batch + 1 >= 1``.
+
+    It is tried with small sizes and with those near the numbers in it.
+    """
+    names = _names_in(condition)
+    numbers = {int(text) for text in re.findall(r"\d+", _WORD.sub("", condition))}
+    near = {size for number in numbers for size in (number - 1, number, number + 1)}
+    near |= {size for number in numbers for other in numbers - {0} for size in (number * other, number // other)}
+    sizes = sorted(size for size in {0, 1, 2, 3, 7, 64, 10**6 + 3} | near if size >= smallest)
+    if not names or len(sizes) ** len(names) > _MAX_TRIES:
         return False
     try:
+        code = compile(condition.strip(), "<condition>", "eval")
         return all(
-            eval(condition, {"__builtins__": {}}, {names[0]: size})  # noqa: S307 -- torch wrote it, of the caller's model
-            for size in (0, 1, 2, 3, 7, 64, 10**6 + 3)
-            if size >= smallest
+            eval(code, {"__builtins__": {}}, dict(zip(names, its, strict=True)))  # noqa: S307 -- torch wrote it, of the caller's model
+            for its in itertools.product(sizes, repeat=len(names))
         )
     except (NameError, TypeError, SyntaxError, ArithmeticError):
         return False
+
+
+def _names_in(condition: str) -> list[str]:
+    return sorted(set(_WORD.findall(condition)) - {"or", "and", "not"})
+
+
+def is_of_tried_sizes(condition: str) -> bool:
+    """Whether a condition, in names of sizes, is of the batch and of lengths of lists alone, with which a program is tried."""
+    return all(name == "batch" or re.fullmatch(r"\w+_size_[1-9]\d*", name) for name in _names_in(condition))
 
 
 def _in_guard(shapes: Mapping[str, tuple[Any, ...]], match: re.Match[str]) -> str:

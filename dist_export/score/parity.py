@@ -29,6 +29,15 @@ _Batch = tuple[Any, dict[str, torch.Tensor] | None]
 _List = list[tuple[str, int]]
 """Tensors and dimensions that have one length."""
 COPY = "copy"
+_LENGTHS: dict[str, Callable[[int, int], int]] = {
+    "with longer lists": lambda length, number: 2 * length + 1 + number,
+    "with shorter lists": lambda length, _: (length + 1) // 2,
+}
+"""(length of lists in the sample, number of the list) -> length to try."""
+_LEAST_LENGTHS: dict[str, Callable[[int, int], int]] = {
+    "with lists of length 1": lambda *_: 1,
+    "with lists of length 0": lambda *_: 0,
+}
 _ID_BATCHES = 4
 """Batches with other ids, if the sample cannot be repeated to more examples."""
 
@@ -49,6 +58,8 @@ class ScoreParity:
         """Examples of rank 0's sample, which are compared first. The same on all ranks: they run as many batches."""
         self.batch: FlatBatch | None = None
         """This rank's sample."""
+        self.from_zero = True
+        """Whether the program was traced for sizes of 0 and 1 too. If not, it is tried with these. The same on all ranks."""
         self.can_resize = False
         """Whether the batches of all ranks can be cut by example."""
 
@@ -145,7 +156,8 @@ class ScoreParity:
             return self._compare_one(figures, run_sparse, inputs, batch, where)
 
         limit = self._config.max_batch_size
-        for size in BATCH_SIZES if self.can_resize else ():
+        sizes = BATCH_SIZES if self.from_zero else (0, *BATCH_SIZES)
+        for size in sizes if self.can_resize else ():
             if size > limit or size == self._first_size:
                 continue
             reason, is_compared = compare(self._resized(size), f"at {size} examples")
@@ -170,18 +182,20 @@ class ScoreParity:
         return ""
 
     def _compare_lists(self, lists: Sequence[_List], compare: Callable[[_Batch, str], tuple[str, bool]]) -> str:
-        """Compare with all lists longer, then shorter; list by list if the model refuses that."""
-        for is_longer, where in ((True, "with longer lists"), (False, "with shorter lists")) if lists else ():
-            reason, is_compared = compare(self._with_lists(lists, is_longer=is_longer), where)
+        """Compare with all lists longer, then shorter; list by list if the model refuses that, or for a length of 0 or 1."""
+        lengths = _LENGTHS if self.from_zero else {**_LENGTHS, **_LEAST_LENGTHS}
+        for where, new_length in lengths.items() if lists else ():
+            reason, is_compared = compare(self._with_lists(lists, new_length), where)
             if reason:
                 return reason
-            for its in lists if len(lists) > 1 and not is_compared else ():
-                reason, _ = compare(self._with_lists([its], is_longer=is_longer), f"{where} in {its[0][0]!r}")
+            is_each = not is_compared or where in _LEAST_LENGTHS  # code may look at one of them
+            for its in lists if len(lists) > 1 and is_each else ():
+                reason, _ = compare(self._with_lists([its], new_length), f"{where} in {its[0][0]!r}")
                 if reason:
                     return reason
         return ""
 
-    def _with_lists(self, lists: Sequence[_List], *, is_longer: bool) -> _Batch:
+    def _with_lists(self, lists: Sequence[_List], new_length: Callable[[int, int], int]) -> _Batch:
         assert self.batch is not None
         tensors = dict(self.batch.tensors)
         for number, its in enumerate(lists):
@@ -189,7 +203,7 @@ class ScoreParity:
                 length = tensors[name].shape[dim] if name in tensors else 0
                 if length:
                     # lists that may differ in length get different ones
-                    chosen = torch.arange(2 * length + 1 + number if is_longer else (length + 1) // 2) % length
+                    chosen = torch.arange(new_length(length, number)) % length
                     tensors[name] = tensors[name].index_select(dim, chosen.to(tensors[name].device))
         return self.batch.rebuild(tensors), tensors
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import torch
@@ -24,7 +24,7 @@ from dist_export.dense.own_parameters import buffers_put_back, reshard
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE_ROWS, run_sparse_arch
 from dist_export.dense.stage import DenseStage
-from dist_export.errors import DistExportError, ModelError, ParityError
+from dist_export.errors import DistExportError, ParityError
 from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import ScoreEntry
 from dist_export.model.alone import say_sharded, without_replicas
@@ -36,9 +36,10 @@ from dist_export.runtime.ranks import Ranks
 from dist_export.score.block_program import BlockProgram, trace_blocks
 from dist_export.score.compare import ScoreFigures
 from dist_export.score.folder import describe_scores, pack_scores, write_score_folder
-from dist_export.score.needed_inputs import find_free_lists
+from dist_export.score.needed_inputs import find_free_lists, is_of_tried_sizes
 from dist_export.score.other_ids import choose_ids, find_id_inputs
 from dist_export.score.parity import ScoreParity
+from dist_export.score.required import fail, reason_of, refuse
 from dist_export.score.row_modules import FailingModule, Recorder, choose_module, name_modules
 from dist_export.score.sources import CheckpointRows
 from dist_export.score.table_weight import NotExportableError
@@ -89,7 +90,7 @@ class ScoreStage:
             self._traced, self._packed, self.entry, self.held = None, b"", None, frozenset()
             self._rows, self._blocks = None, None
             if self._config.score_program == "require":
-                self._ranks.broadcast("export the score program", lambda: _refuse(reason))
+                self._ranks.broadcast("export the score program", lambda: refuse(reason))
             return [f"the package has no score program: {reason}"]
         return self._ranks.broadcast("look at the score program", self._list_notes)
 
@@ -129,7 +130,7 @@ class ScoreStage:
             return
         if reason := self._compare_written(open_written, run_sparse, blocks):
             if self._config.score_program == "require":
-                self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
+                self._ranks.broadcast("compare the score program with the model", lambda: fail(reason))
             self.left_out = f"the package has no score program: on rows of the written shards, {reason}"
             self.is_there, self.entry = False, None
         self._traced = None
@@ -152,7 +153,7 @@ class ScoreStage:
                 try:
                     self._parity.compare_sample(figures, blocks, self._inputs)
                 except ParityError as error:
-                    return _reason_of(error)
+                    return reason_of(error)
                 kept.append(figures)
                 return ""
 
@@ -175,12 +176,26 @@ class ScoreStage:
         assert finder is not None
         if reason := ranks.broadcast("look for what is sharded", self._say_sharded) or self._parity.look():
             return reason
+        reason, is_traced = self._try_once(finder)
+        if is_traced and reason and ranks.broadcast("look at the sizes", self._may_try_again):
+            self._parity.from_zero = False
+            reason = "" if not self._try_once(finder)[0] else reason
+        return reason
+
+    def _may_try_again(self) -> bool:
+        """Whether a trace that takes sizes for 2 or more can be tried out where the model's code looks at them. Rank 0."""
+        conditions = () if self.entry is None else self.entry.conditions
+        return self._parity.can_resize and all(map(is_of_tried_sizes, conditions))
+
+    def _try_once(self, finder: RowFinder) -> tuple[str, bool]:
+        """Trace and compare. All ranks. Returns why this is no program, empty if it is one; and whether it could be traced."""
+        ranks = self._ranks
         reason = ranks.broadcast("trace the score program", self._trace_tables)
         if reason and (candidates := self._record_row_modules(finder)) is not None:
             first = reason
             reason = ranks.broadcast("trace the score program", lambda: self._trace_without(candidates, first))
         if reason or (finder.is_live and ranks.world_size > 1):  # then the rows of other ranks are only in the shards
-            return reason
+            return reason, not reason
         kept: list[ScoreFigures] = []
 
         def compare() -> str:
@@ -190,14 +205,15 @@ class ScoreStage:
                 found = figures.run(self._stored_inputs(), "on the sample")
                 figures.compare(self._stored_outputs(), found, None, "on the sample")
             except ParityError as error:
-                return _reason_of(error) + self._tables("").describe_computing()
+                return reason_of(error) + self._tables("").describe_computing()
             return ""
 
         reason = ranks.broadcast("score the sample", compare)
         figures = kept[0] if kept else None
-        return reason or self._parity.compare_others(
+        reason = reason or self._parity.compare_others(
             figures, self._run_sparse, self._inputs, self._free_lists, self._other_ids
         )
+        return reason, True
 
     def _run_sparse(self, data: Any) -> Blocks:
         dense = self._dense
@@ -253,7 +269,9 @@ class ScoreStage:
         modules = {number: tables for number, (_, tables) in self._row_modules.items()}
         cut = dataclasses.replace(batch, tensors=self._parity.cut(max(2, self._num_stored)))
         head = self._dense.head
-        scored = ScoredModel(sparse_arch, self._sample(), head, is_live=finder.is_live)
+        scored = ScoredModel(
+            sparse_arch, self._sample(), head, is_live=finder.is_live, from_zero=self._parity.from_zero
+        )
         root = sparse_arch if head is None else head.model
         place = contextlib.nullcontext() if head is None else head.traced(scored.sample.dense_arch)
         failing = FailingModule(sparse_arch, scored.sparse_path)
@@ -375,18 +393,3 @@ class ScoreStage:
         assert self._rows is not None
         bind(self._traced.program.graph_module, register_source(self._rows))
         return self._traced.program.module()
-
-
-def _reason_of(error: ParityError) -> str:
-    return str(error).split(". No manifest")[0]
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise ModelError(
-        f"score_program is require, but there can be none: {reason}. Nothing was written. Change the model there, name the "
-        "modules that are lookups in lookup_modules, or set score_program: auto"
-    )
-
-
-def _fail(reason: str) -> NoReturn:
-    raise ParityError(f"{reason}. No manifest was written, so there is no package")

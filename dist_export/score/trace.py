@@ -65,19 +65,19 @@ def trace_scores(scored: ScoredModel, batch: FlatBatch) -> TracedScores:
     program = export_arches(scored, batch, names, {})
     if not find_used_inputs(program, {}):
         raise NotExportableError("no tensor of the batch has a data path to an output")
-    used = find_needed(program, batch.tensors, names)
+    used = find_needed(program, batch.tensors, names, from_zero=scored.from_zero)
     dropped = [name for name in names if name not in used]
     fixed = [name for name in dropped if len(free_dims(batch.tensors[name])) < batch.tensors[name].dim()]
     if fixed:  # whether a fixed size of theirs matters is seen only where it is free
         program = export_arches(scored, batch, names, {}, all_free=fixed)
-        used = find_needed(program, batch.tensors, names, all_free=fixed)
+        used = find_needed(program, batch.tensors, names, all_free=fixed, from_zero=scored.from_zero)
         dropped = [name for name in names if name not in used]
     sizes = input_shapes(program, names)
     if dropped:
         stand_ins = _stand_ins(program, names, dropped, batch)
         program = export_arches(scored, batch, used, stand_ins, all_free=fixed)
-    with sizes_from_zero():
-        conditions = list_conditions(program, used)
+    with sizes_from_zero(scored.from_zero):
+        conditions = list_conditions(program, used, from_zero=scored.from_zero)
         program = decompose(program)
     refuse_operators(program)
     refuse_changed_state(program)
@@ -103,6 +103,8 @@ class ScoredModel:
     """Runs the model. None: the dense arch gets what the sparse arch returns for the batch."""
     is_live: bool = False
     """Whether the values in the model are the trained ones."""
+    from_zero: bool = True
+    """Whether sizes of 0 and 1 are free as others are, or torch's trace may take each size for 2 or more."""
     blocks: tuple[str, ...] | None = None
     """The inputs of the dense arch that the program returns; None: it returns the scores."""
 
@@ -212,7 +214,7 @@ def export_arches(
     kwargs = {name: batch.tensors[name].clone() for name in names}
     shapes = {name: free_dims(tensor, all_free=name in all_free) for name, tensor in kwargs.items()}
     try:
-        with exporting(wrapper), torch.no_grad(), sizes_from_zero():
+        with exporting(wrapper), torch.no_grad(), sizes_from_zero(scored.from_zero):
             return torch.export.export(wrapper, args=(), kwargs=kwargs, dynamic_shapes=shapes, strict=False)
     except NotExportableError as error:
         place = blame(error)
@@ -221,13 +223,13 @@ def export_arches(
         raise NotExportableError(f"torch.export refused the model: {said(error)}{blame(error)}") from error
 
 
-def sizes_from_zero() -> contextlib.AbstractContextManager[Any]:
+def sizes_from_zero(from_zero: bool = True) -> contextlib.AbstractContextManager[Any]:
     """Let sizes of 0 and 1 be free too. torch before 2.9 cannot; then such a size of the sample is a constant."""
     from torch.fx.experimental import _config
 
     if not hasattr(_config, "backed_size_oblivious"):
         return contextlib.nullcontext()
-    return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
+    return _config.patch(backed_size_oblivious=from_zero)  # type: ignore[attr-defined,no-any-return]
 
 
 def own_changed_state(program: ExportedProgram) -> None:
