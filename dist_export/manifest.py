@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -273,6 +275,15 @@ def _check_paths(manifest: Manifest, where: str) -> None:
 def count_served(table: TableEntry) -> int:
     """Return how many rows of a table the package serves: of a delta, with those of its base."""
     return table.rows_out if isinstance(table.delta, msgspec.UnsetType) else table.delta.rows_served
+
+
+def list_entries(layers: Sequence[Manifest], table: str) -> list[TableEntry]:
+    """Return what a chain has of a table: the entries of its packages, the last one first, down to one that lacks the table.
+
+    ``layers``: the manifests of the packages, the full one last. What lies below one without the table is not served.
+    """
+    found = (next((its for its in layer.tables if its.name == table), None) for layer in layers)
+    return [its for its in itertools.takewhile(lambda its: its is not None, found) if its is not None]
 
 
 def _check_rows(manifest: Manifest, where: str) -> None:

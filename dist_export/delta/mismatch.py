@@ -11,7 +11,7 @@ from dist_export.errors import PlanError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.humanize import few
-from dist_export.manifest import Manifest, SlotEntry, TableEntry, count_served
+from dist_export.manifest import Manifest, SlotEntry, TableEntry, count_served, list_entries
 from dist_export.plan.selection import Selection
 
 
@@ -22,7 +22,7 @@ def state_of(layers: Sequence[Manifest]) -> Manifest:
     """
     tables = []
     for table in layers[0].tables:
-        entries = [its for layer in layers for its in layer.tables if its.name == table.name]
+        entries = list_entries(layers, table.name)
         is_hashed = entries[-1].is_hashed if len(entries) == len(layers) else table.is_hashed
         parts = tuple(part for its in entries for part in its.parts)
         tables.append(msgspec.structs.replace(table, is_hashed=is_hashed, rows_out=count_served(table), parts=parts))

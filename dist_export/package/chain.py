@@ -18,7 +18,7 @@ from dist_export.formats.delta_entries import DeltaEntry
 from dist_export.formats.id_list import IdSieve
 from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_index import SlotFiller, encode_keys, find_rows
-from dist_export.manifest import Manifest, SlotEntry, TableEntry
+from dist_export.manifest import Manifest, SlotEntry, TableEntry, list_entries
 from dist_export.package.layers import DeltaIds, LayeredReader
 from dist_export.package.slot_reader import SlotReader
 
@@ -231,13 +231,12 @@ def list_links(layers: Sequence[Layer], table: str, slot: str) -> tuple[list[Lin
 
     ``layers``: the packages of the chain, the full one last. PackageError as :meth:`Package.rows_of` raises it.
     """
-    entries = [next((its for its in layer.manifest.tables if its.name == table), None) for layer in layers]
+    entries = list_entries([layer.manifest for layer in layers], table)
     links = [
         LinkRows(entry, layer.rows_of(table, slot=slot), layer.delta_ids)
-        for layer, entry in zip(layers[:-1], entries[:-1], strict=True)
-        if entry is not None
+        for layer, entry in zip(layers[:-1], entries, strict=False)
     ]
-    return links, None if entries[-1] is None else layers[-1].rows_of(table, slot=slot)
+    return links, layers[-1].rows_of(table, slot=slot) if len(entries) == len(layers) else None
 
 
 def merge_all(layers: Sequence[Layer], merging: Merging) -> None:

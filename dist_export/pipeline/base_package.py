@@ -89,7 +89,11 @@ def find_committed_base(export_dir: str, config: ExportConfig) -> FoundBase | No
     manifest = _read_committed(export_dir, config)
     if manifest is None:
         return None
-    return FoundBase() if manifest.base is msgspec.UNSET else FoundBase(manifest.base.path, manifest.base.digest)
+    if manifest.base is not msgspec.UNSET:
+        return FoundBase(manifest.base.path, manifest.base.digest)
+    misfit = manifest.run.get("misfit", ())
+    is_told = isinstance(misfit, list) and len(misfit) == 2 and all(isinstance(its, str) for its in misfit)
+    return FoundBase(*misfit) if is_told else FoundBase()
 
 
 def has_lost_base(export_dir: str, config: ExportConfig) -> bool:

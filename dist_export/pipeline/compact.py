@@ -16,7 +16,7 @@ from dist_export.dense.fg import Features
 from dist_export.errors import CheckpointError, ConfigError, PackageError
 from dist_export.formats.digests import NONE
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
-from dist_export.manifest import MANIFEST
+from dist_export.manifest import MANIFEST, list_entries
 from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.compacted_package import TakenFromDelta, account_for_table, list_table_files, note_ignored
 from dist_export.pipeline.identity import Told, identify_export
@@ -194,10 +194,7 @@ class Compaction:
     def account(self, export: ExportState) -> ExportState:
         """Give each table the account of the delta's checkpoint. CommitError if the rows are not those that it says."""
         manifests = [layer.manifest for layer in self.package.layers]
-        layers = {
-            entry.name: [its for manifest in manifests for its in manifest.tables if its.name == entry.name]
-            for entry in export.tables
-        }
+        layers = {entry.name: list_entries(manifests, entry.name) for entry in export.tables}
 
         def account() -> tuple[Any, ...]:
             return tuple(account_for_table(entry, layers[entry.name]) for entry in export.tables)

@@ -125,6 +125,7 @@ def describe_export(export: ExportState) -> Manifest:
 def _describe_run(export: ExportState, files: tuple[FileEntry, ...]) -> dict[str, Any]:
     """Return what the manifest says of this run alone. Rank 0."""
     task, dense = export.task, export.dense
+    misfit = task.located.base.directory if export.base is None else None
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(task.started)),
         "export_dir": redact_text(task.export_dir),
@@ -136,6 +137,8 @@ def _describe_run(export: ExportState, files: tuple[FileEntry, ...]) -> dict[str
         "reused_shards": export.reused,
         "left_alone": [] if export.in_place else list_foreign_files(export.target, {file.path for file in files}),
         "identity": export.source.identity,
+        # the base that did not fit, of a full package in place of a delta: by it the same export again finds its package
+        **({"misfit": [redact_text(misfit), task.located.base.digest]} if misfit else {}),
         **({} if dense is None else dense.own_values),
         **({} if export.exchanged is None else {"store": export.exchanged}),
     }

@@ -62,6 +62,28 @@ def test_a_link_to_a_version_is_that_version(sources, tmp_path: Path) -> None:
         assert package.base is not None
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": {"*": "bfloat16"}, "on_overflow": "clamp"},
+        {"drop_tables": ["user"]},
+        {"delta_chain": 8, "drop_tables": ["user"]},
+    ],
+    ids=str,
+)
+def test_the_same_export_again_is_the_same_version_where_the_base_does_not_fit(
+    sources, tmp_path: Path, settings
+) -> None:
+    """It is a full package, of which the manifest tells what its base would have been."""
+    first = publish(sources[0], tmp_path / "pub")
+    full = publish(sources[1], tmp_path / "pub", **settings)
+    assert full != first
+    assert manifest_of(full)["run"]["misfit"][0] == str(first)
+    before = (tmp_path / "pub" / "current.json").read_bytes()
+    assert publish(sources[1], tmp_path / "pub", **settings) == full
+    assert (tmp_path / "pub" / "current.json").read_bytes() == before
+
+
 def test_the_same_export_again_is_the_same_version(sources, tmp_path: Path) -> None:
     """Although latest is another package by then."""
     versions = [
