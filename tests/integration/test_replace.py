@@ -79,9 +79,9 @@ def test_the_old_package_is_whole_until_the_new_one_is(source: Path, newer: Path
 
     real = Transfer.finish
 
-    def check(self, wait):
+    def check(self, *arguments):
         assert verify(str(out)).findings == [], "while the new one is being written"
-        return real(self, wait)
+        return real(self, *arguments)
 
     monkeypatch.setattr(Transfer, "finish", check)
     reader = threading.Thread(target=read)
@@ -342,9 +342,9 @@ def test_an_exchange_that_fails_leaves_the_old_package(source: Path, newer: Path
 def test_a_source_whose_index_changes_meanwhile_fails_the_export(source: Path, tmp_path: Path, monkeypatch) -> None:
     real = Transfer.finish
 
-    def touch(self, wait):
+    def touch(self, *arguments):
         os.utime(source / "index", ns=(1, 1))
-        return real(self, wait)
+        return real(self, *arguments)
 
     monkeypatch.setattr(Transfer, "finish", touch)
     with pytest.raises(ExportError, match=r"index: changed while it was being exported"):

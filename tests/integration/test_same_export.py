@@ -331,7 +331,7 @@ def test_the_day_of_a_subfolder_is_looked_up_once(source: Path, tmp_path: Path, 
 
 
 def test_the_same_day_again(source: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(target, "place_of", lambda config: f"{config.export_dir}/20260101000000/data")
+    monkeypatch.setattr(target, "place_of", lambda export_dir, *, add_subfolder: f"{export_dir}/20260101000000/data")
     monkeypatch.setattr(job, "place_of", target.place_of)
     first = export(source, tmp_path / "out", add_subfolder=True)
     assert export(source, tmp_path / "out", add_subfolder=True) == first
