@@ -1,4 +1,4 @@
-"""Compare the rows of a checkpoint, as an export would write them, with those of a package, in which each id is looked up."""
+"""Compare a checkpoint with a package: its rows as an export would write them, each id looked up, and the dense parameters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import CastDtype
 from dist_export.delta.mismatch import describe_slot, describe_slot_entry
+from dist_export.diff.dense import compare_state
 from dist_export.diff.entries import DenseDiff, PackageDiff, ScoresDiff, TableDiff
 from dist_export.diff.layers import count_rows, is_row_indexed
 from dist_export.diff.rows import COPIES, MOST_ROWS, compare_slot
@@ -25,6 +26,7 @@ from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
 from dist_export.package.reader import Package
+from dist_export.pipeline.inputs import find_dense
 from dist_export.pipeline.planning import choose_tables, open_tables, plan_sparse
 from dist_export.plan.casts import cast_of
 from dist_export.plan.plan import SparsePlan
@@ -36,7 +38,10 @@ from dist_export.verify.work_split import share_out
 _THREADS = 2
 _NO_MODULE = "."
 """The path of no module."""
-NOT_COMPARED = "only rows are compared with a checkpoint: not the dense arch, and no scores"
+NOT_COMPARED = "rows and dense parameters are compared with a checkpoint: not the code of the dense arch, and no scores"
+NO_DENSE = (
+    "only rows are compared with this checkpoint, which has no dense parameter of the package's names; and no scores"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -99,7 +104,7 @@ def settings_as(package: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
 def compare_checkpoint(
     ranks: Ranks, directory: Directory, package: Package, given: Mapping[str, Any], *, is_first: bool
 ) -> PackageDiff:
-    """Compare the rows of a checkpoint with those of a package, a delta with its base. All ranks.
+    """Compare rows and dense parameters of a checkpoint with those of a package, a delta with its base. All ranks.
 
     Args:
         ranks: they share the rows.
@@ -136,6 +141,14 @@ def compare_checkpoint(
 
     counts = [count for its in ranks.all_gather("compare the rows", read) for count in its]
     tables = ranks.run("add up", lambda: _add_counts(plan, package, pairs, counts, is_first=is_first))
+
+    def compare_parameters() -> DenseDiff | None:
+        parameters = find_dense(config, directory, opened, weights)
+        if package.manifest.dense is None or parameters is None:
+            return DenseDiff()
+        return compare_state(parameters.load(), package.load_program(), is_first=is_first)
+
+    dense = ranks.broadcast("compare the dense parameters", compare_parameters)
     names = [directory.url, package.directory.url]
     digests = ["", package.manifest.digest]
     rules = () if package.manifest.prune is msgspec.UNSET else package.manifest.prune
@@ -147,10 +160,10 @@ def compare_checkpoint(
         digest_a=digests[order[0]],
         digest_b=digests[order[1]],
         tables=tables,
-        dense=DenseDiff(),
+        dense=dense or DenseDiff(),
         scores=ScoresDiff(),
         settings={"prune": (told[order[0]], told[order[1]])} if rules else {},
-        not_compared=NOT_COMPARED,
+        not_compared=NOT_COMPARED if dense is not None else NO_DENSE,
     )
 
 

@@ -57,6 +57,41 @@ def compare_programs(one: Any, two: Any, what: str = "the dense program") -> Den
     )
 
 
+def compare_state(held: Mapping[str, Any], program: Any, *, is_first: bool) -> DenseDiff | None:
+    """Compare the dense parameters of a checkpoint with those of a program, as its dtypes hold them.
+
+    Args:
+        held: by name, as the checkpoint has them; of what cannot be read something else than a tensor.
+        program: the dense program, with parameters and buffers under the names of the checkpoint.
+        is_first: whether the checkpoint is A.
+
+    Returns:
+        What differs. What the checkpoint has besides is not looked at: much of it is of no dense arch. None if the checkpoint
+        has no such name.
+    """
+    import torch
+
+    values = program.state_dict
+    both = {name: held[name] for name in values if isinstance(held.get(name), torch.Tensor)}
+    if values and not both:
+        return None
+    others, changed = [], {}
+    for name, tensor in both.items():
+        if tensor.shape != values[name].shape:
+            pair = (_say(tensor), _say(values[name])) if is_first else (_say(values[name]), _say(tensor))
+            others.append(f"parameter {name!r} is {pair[0]} in A, {pair[1]} in B")
+        elif not _has_same_bits(cast := tensor.to(values[name].dtype), values[name]):
+            changed[name] = largest_change(_to_numpy(cast), _to_numpy(values[name]))
+    lacking = tuple(name for name in values if name not in both)
+    return DenseDiff(
+        same=len(both) - len(changed) - len(others),
+        changed=changed,
+        only_in_a=() if is_first else lacking,
+        only_in_b=lacking if is_first else (),
+        others=tuple(others),
+    )
+
+
 def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
     told = _compare_tensors(a, b)
     if a.input_order != b.input_order:

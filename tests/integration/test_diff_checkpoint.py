@@ -13,7 +13,10 @@ import torch
 from dist_export.cli import main
 from dist_export.diff.compare import diff
 from tests.integration.test_delta_export import SETTINGS, change, export, save, tables_of
+from tests.integration.test_delta_refresh import export as export_model
+from tests.integration.test_delta_scores import build, train_on
 from tests.support import dcp_writer
+from tests.support import score_models as models
 from tests.support.recis_writer import PartSpec, gen_slice, write_checkpoint
 
 
@@ -48,7 +51,46 @@ def test_a_checkpoint_counts_as_its_package(sources, tmp_path: Path, name: str, 
         code, found = run(capsys, source, package)
         assert (code, found["is_equal"]) == (0, True)
         assert not any(table["slots"] for table in found["tables"])
-        assert "not the dense arch" in found["not_compared"]
+        assert (
+            "no dense parameter" in found["not_compared"] or "not the code of the dense arch" in found["not_compared"]
+        )
+
+
+@pytest.mark.parametrize("kind", ["torch", "dcp"])
+def test_the_dense_parameters_are_compared(tmp_path: Path, capsys, kind: str) -> None:
+    def save_as(name: str) -> str:
+        if kind == "torch":
+            return models.save(model, tmp_path / name)
+        return str(dcp_writer.save(tmp_path / name, model.state_dict()))
+
+    model = models.train(build())
+    before = save_as("before")
+    train_on(model)
+    after = save_as("after")
+    packages = [tmp_path / "one", tmp_path / "two"]
+    for checkpoint, package in zip((before, after), packages, strict=True):
+        export_model(checkpoint, package, score_program="off")
+    expected = diff(*map(str, packages)).as_json()["dense"]
+    assert len(expected["changed"]) == 4
+    for pair in ((packages[0], after), (before, packages[1])):
+        code, found = run(capsys, *pair)
+        assert (code, found["dense"]["changed"]) == (1, expected["changed"])
+    code, found = run(capsys, before, packages[0])
+    assert (code, found["dense"]["same"], found["dense"]["changed"]) == (0, 4, {})
+    assert "not the code of the dense arch" in found["not_compared"]
+
+
+def test_a_dense_parameter_that_the_checkpoint_lacks_is_a_difference(tmp_path: Path, capsys) -> None:
+    model = models.train(build())
+    package = tmp_path / "package"
+    export_model(models.save(model, tmp_path / "whole.pth"), package, score_program="off")
+    state = model.state_dict()
+    name = next(name for name in state if name.startswith("dense_arch."))
+    torch.save({key: value for key, value in state.items() if key != name}, tmp_path / "part.pth")
+    code, found = run(capsys, tmp_path / "part.pth", package)
+    assert (code, found["dense"]["only_in_b"], found["dense"]["only_in_a"]) == (1, [name], [])
+    code, found = run(capsys, package, tmp_path / "part.pth")
+    assert (code, found["dense"]["only_in_a"], found["dense"]["only_in_b"]) == (1, [name], [])
 
 
 def test_pruned_rows_are_only_in_the_checkpoint(sources, tmp_path: Path, capsys) -> None:
@@ -117,7 +159,7 @@ def test_other_tables_slots_and_widths_are_told(sources, tmp_path: Path, capsys)
     assert "slot 'step' is only in the package" in told
     assert "the table is only in the checkpoint" in told
     assert "the table is only in the package" in told
-    assert "only rows are compared with a checkpoint" in told
+    assert "not the code of the dense arch, and no scores" in told
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
