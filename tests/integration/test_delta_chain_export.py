@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dist_export
+from dist_export.api import Exporter
 from dist_export.errors import CommitError, ConfigError, PlanError
 from dist_export.pipeline import deltas
 from dist_export.verify.verify import verify
 from tests.integration.test_delta_chains import STATES
 from tests.integration.test_delta_export import export
+from tests.integration.test_delta_scores import build
+from tests.support import score_models as models
 from tests.support.delta_by_hand import State
 from tests.support.deltas import Rows, manifest_of, put_chain_together, read_deleted, read_package
 from tests.support.recis_writer import make_rows, split_table, write_checkpoint
@@ -230,3 +234,26 @@ def test_eight_links_are_written_and_the_ninth_delta_begins_anew(tmp_path: Path)
     assert bases == [*map(str, links[:8]), str(links[0])]
     expected = read_package(export(tmp_path / "step-8", tmp_path / "full8"))
     assert looked_up(links[8], expected) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": {"*": "bfloat16"}, "to_hash_tables": ["*"]}], ids=str)
+def test_a_chain_of_a_model_in_memory(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model, places, more = models.train(build()), [tmp_path / str(number) for number in range(3)], {}
+    for number, place in enumerate(places):
+        if number:
+            with torch.no_grad():
+                model.sparse_arch.user.weight[number :: 5 + number] += number
+            more = {"base": str(places[number - 1]), "delta_chain": 8}
+        given = [model, "sparse_arch", "dense_arch", [models.batch_of()], None, place]
+        Exporter(*given, num_shards=1 + number, score_program="off", **settings, **more).export(progress=False)
+    Exporter(*given[:5], tmp_path / "full", num_shards=2, score_program="off", **settings).export(progress=False)
+    dist_export.compact(places[2], tmp_path / "compacted", progress=False)
+    full = read_package(tmp_path / "full")
+    assert read_package(tmp_path / "compacted") == full
+    with dist_export.open_package(places[2]) as chain, dist_export.open_package(tmp_path / "full") as whole:
+        assert len(chain.layers) == 3
+        for table in whole.manifest.tables:
+            ids = np.arange(-3, models.ROWS + 3)
+            found, expected = (opened.lookup(table.name, ids, raw=True) for opened in (chain, whole))
+            assert np.array_equal(found[1], expected[1])
+            assert [row.tobytes() for row in found[0]] == [row.tobytes() for row in expected[0]]
