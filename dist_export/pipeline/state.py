@@ -72,7 +72,7 @@ class Source:
     trainer_state: DenseMeta
     """Those of them that only training needs, where the filter drops these."""
     small_files: Mapping[str, SourceFile]
-    """The state of each small file, and of files with dense parameters alone, to notice a change. Rank 0; empty elsewhere."""
+    """The state of each small file, and of files with dense parameters alone, to notice a change. The same on all ranks."""
     identity: str
     """A digest of the source and of the settings that shape the package."""
     has_manifest: bool
