@@ -108,7 +108,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     report |= _work(found, planned, world_size, report["row_fingerprints"])
     report["account"] = _account(config, planned, found.dense_state, found.weights)
     report["copied_ranges"] = len(plan.copies)
-    report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
+    report["gathered_rows"] = int(plan.gathers.counts.sum())
     return report
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import IN_STRIPS
 from dist_export.errors import TransferError
-from dist_export.plan.plan import Gather, SparsePlan
+from dist_export.plan.gathers import Gather
+from dist_export.plan.plan import SparsePlan
 
 
 def find_placements(plan: SparsePlan, numbers: Sequence[int], disk_of_rank: Sequence[int]) -> dict[int, int]:

@@ -69,7 +69,7 @@ def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int
     Raises:
         PlanError: a shard that is too large for an upload in parts.
     """
-    gathered = _files_with_gathers(plan)
+    gathered = set(np.unique(plan.files_of_runs).tolist())
     found = {}
     for number, file in enumerate(plan.files):
         parts = _cut_remote(plan, number, part_bytes) if may_copy else None
@@ -153,15 +153,6 @@ def _grid_bytes(size: int, part_bytes: int, name: str) -> int:
             f"{_MOST_GRID_BYTES >> 20} MiB; raise num_shards"
         )
     return part_bytes
-
-
-def _files_with_gathers(plan: SparsePlan) -> set[int]:
-    found: set[int] = set()
-    for gather in plan.gathers:
-        table = int(plan.checkpoint.parts.table[gather.part])
-        for column in gather.columns:
-            found.update(plan.blocks.file[plan.blocks_of(table, column)[gather.targets]].tolist())
-    return found
 
 
 def find_large(

@@ -10,6 +10,7 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint, SlotMeta
 from dist_export.plan.dropped_rows import DroppedRows
+from dist_export.plan.gathers import Gathers
 from dist_export.plan.prune import Pruning
 from dist_export.plan.selection import Selection
 from dist_export.plan.target_slices import Targets
@@ -35,31 +36,6 @@ class Copies:
 
     def __len__(self) -> int:
         return len(self.file)
-
-
-class Gather(NamedTuple):
-    """Rows ``first_row`` to ``first_row + num_rows`` of a part that are moved row by row.
-
-    They go to several targets, or some rows are dropped or pruned, or some slots are not stored as they are written.
-
-    ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
-    of the target's block where they begin. The other rows are in ``SparsePlan.dropped`` or pruned by
-    ``SparsePlan.pruning``.
-    """
-
-    part: int
-    first_row: int
-    num_rows: int
-    targets: np.ndarray
-    counts: np.ndarray
-    first_target_rows: np.ndarray
-    columns: tuple[int, ...]
-    """The slots that are gathered, as in ``SlotMeta.column``. The other slots of these rows are copied as byte ranges."""
-
-    @property
-    def num_kept(self) -> int:
-        """The number of rows that are moved."""
-        return int(self.counts.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -97,7 +73,7 @@ class SparsePlan:
     dense_files: tuple[tuple[str, int], ...]
     """(key, file) of each dense tensor in the shard files of the output."""
     copies: Copies
-    gathers: tuple[Gather, ...]
+    gathers: Gathers
     dropped: DroppedRows
     """Rows that go to no shard; none in a copy."""
     digest: str
@@ -113,11 +89,40 @@ class SparsePlan:
         """Return the slots of a table that are kept."""
         return self.selection.kept[table]
 
-    def has_casts(self, gather: Gather) -> bool:
-        """Whether a slot of the gather's table is written in another dtype than it is stored in."""
-        table = int(self.checkpoint.parts.table[gather.part])
+    def has_casts(self, table: int) -> bool:
+        """Whether a slot of a table is written in another dtype than it is stored in."""
         stored = self.checkpoint.tables[table].slots
         return any(stored[slot.column].dtype != slot.dtype for slot in self.slots_of(table))
+
+    @functools.cached_property
+    def tables_of_gathers(self) -> np.ndarray:
+        """The table (int64) of each gather. They are in order."""
+        tables: np.ndarray = self.checkpoint.parts.table[self.gathers.part]
+        return tables
+
+    def runs_of(self, table: int, column: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the runs of a table's gathers that move a slot (all runs for None), and the block of each (both int64).
+
+        All slots of a target are in one file, so with None the blocks are those of any one slot.
+        """
+        gathers = self.gathers
+        first, last = np.searchsorted(self.tables_of_gathers, [table, table + 1])
+        runs = np.arange(gathers.bounds[first], gathers.bounds[last])
+        if column is None:
+            column = self.slots_of(table)[0].column
+        elif len(runs):
+            has_slot = np.array([column in columns for columns in gathers.columns])
+            runs = runs[has_slot[gathers.columns_of[gathers.of_run[runs]]]]
+        return runs, self.blocks_of(table, column)[gathers.targets[runs]]
+
+    @functools.cached_property
+    def files_of_runs(self) -> np.ndarray:
+        """The output file (int64) of each run of the gathers."""
+        files = np.empty(len(self.gathers.targets), np.int64)
+        for table in np.unique(self.tables_of_gathers).tolist():
+            runs, blocks = self.runs_of(table)
+            files[runs] = self.blocks.file[blocks]
+        return files
 
     @functools.cached_property
     def _rows_of_blocks(self) -> dict[tuple[int, int], np.ndarray]:

@@ -12,17 +12,18 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint, Parts, SlotMeta
 from dist_export.plan.census import GRANULE_ROWS, Census
-from dist_export.plan.plan import Copies, Gather, SparsePlan
+from dist_export.plan.gathers import Gathers, join_gathers
+from dist_export.plan.plan import Copies, SparsePlan
 
 
-def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
+def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], Gathers]:
     """Return the byte ranges, int64 (5, n), and the gathers that move the rows of a census of kept rows.
 
     A byte range is a column of file, offset, source file, source offset and number of bytes.
     """
     parts, source = plan.checkpoint.parts, plan.checkpoint.blocks
     segments: list[np.ndarray] = []
-    gathers: list[Gather] = []
+    gathers: list[Gathers] = []
     table_of_run = parts.table[census.part] if len(census.part) else np.zeros(0, np.int64)
     for table in range(len(plan.checkpoint.tables)):
         first, last = np.searchsorted(table_of_run, [table, table + 1])
@@ -59,21 +60,23 @@ def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], l
         by_rows |= dict.fromkeys(np.unique(part[split]).tolist(), every)
         moved = np.flatnonzero(np.isin(part, np.array(list(by_rows), np.int64)))
         edges = np.flatnonzero(np.diff(part[moved], prepend=-1) | np.diff(granule[moved], prepend=-1))
-        for runs in np.split(moved, edges[1:]) if len(moved) else []:
-            first_row = int(granule[runs[0]]) * GRANULE_ROWS
-            number = int(part[runs[0]])
-            gathers.append(
-                Gather(
-                    part=number,
-                    first_row=first_row,
-                    num_rows=min(GRANULE_ROWS, int(parts.rows[number]) - first_row),
-                    targets=target[runs],
-                    counts=rows[runs],
-                    first_target_rows=base[runs],
-                    columns=tuple(by_rows[number]),
-                )
+        number, first_row = part[moved[edges]], granule[moved[edges]] * GRANULE_ROWS
+        columns = tuple(dict.fromkeys(tuple(chosen) for chosen in by_rows.values()))
+        columns_of_part = {of_part: columns.index(tuple(chosen)) for of_part, chosen in by_rows.items()}
+        gathers.append(
+            Gathers(
+                part=number,
+                first_row=first_row,
+                num_rows=np.minimum(GRANULE_ROWS, parts.rows[number] - first_row),
+                columns=columns,
+                columns_of=np.array([columns_of_part[of_part] for of_part in number.tolist()], np.int64),
+                bounds=np.append(edges, len(moved)),
+                targets=target[moved],
+                counts=rows[moved],
+                first_target_rows=base[moved],
             )
-    return segments, gathers
+        )
+    return segments, join_gathers(gathers)
 
 
 def _tell_ranges(

@@ -14,8 +14,9 @@ from dist_export.formats.recis import DENSE_SUFFIX, key_stem, row_key_stem, shar
 from dist_export.formats.safetensors import encode_header
 from dist_export.plan.census import Census, count_rows_by_target
 from dist_export.plan.dropped_rows import DroppedRows, count_kept, drop_nothing
+from dist_export.plan.gathers import Gathers, join_gathers
 from dist_export.plan.multipart import find_large
-from dist_export.plan.plan import Copies, Gather, OutputBlocks, OutputFile, SparsePlan
+from dist_export.plan.plan import Copies, OutputBlocks, OutputFile, SparsePlan
 from dist_export.plan.prune import Pruning
 from dist_export.plan.segments import join_ranges, plan_segments
 from dist_export.plan.selection import Selection
@@ -77,7 +78,7 @@ def plan_shards(
         blocks=blocks,
         dense_files=tuple((tensor.name + DENSE_SUFFIX, 0) for tensor in selection.kept_dense),
         copies=join_ranges([]),
-        gathers=(),
+        gathers=join_gathers([]),
         dropped=dropped,
         digest="",
         pruning=pruning or None,
@@ -87,7 +88,7 @@ def plan_shards(
         np.array([[0], [offset], [tensor.file], [tensor.offset], [tensor.num_bytes]], np.int64)
         for tensor, offset in zip(selection.kept_dense, dense_offsets, strict=True)
     ]
-    return _seal(plan, copies=join_ranges(segments), gathers=tuple(gathers))
+    return _seal(plan, copies=join_ranges(segments), gathers=gathers)
 
 
 def _refuse_changed_pieces(checkpoint: Checkpoint, selection: Selection) -> None:
@@ -142,11 +143,11 @@ def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
             source_offset=zeros,
             num_bytes=np.array([file.size for file in checkpoint.files], np.int64),
         ),
-        gathers=(),
+        gathers=join_gathers([]),
         dropped=drop_nothing(),
         digest="",
     )
-    return _seal(plan, copies=plan.copies, gathers=())
+    return _seal(plan, copies=plan.copies, gathers=plan.gathers)
 
 
 def _list_blocks(
@@ -213,7 +214,7 @@ def _refuse_one_key_twice(keys: Sequence[str]) -> None:
         seen.add(key)
 
 
-def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> SparsePlan:
+def _seal(plan: SparsePlan, *, copies: Copies, gathers: Gathers) -> SparsePlan:
     """Return the plan with its segments and a digest of everything that decides what is written."""
     digest = xxhash.xxh3_128(f"{plan.checkpoint.fingerprint} {plan.checkpoint.disk_state}".encode())
     for file in plan.files:
@@ -222,10 +223,9 @@ def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> S
         digest.update(np.ascontiguousarray(getattr(copies, name)).tobytes())
     for name in ("begin", "end", "size"):  # the slices decide the targets of gathered rows
         digest.update(np.ascontiguousarray(getattr(plan.blocks, name)).tobytes())
-    for gather in gathers:
-        digest.update(np.array([*gather[:3], *gather.columns], np.int64).tobytes())
-        for column in gather[3:6]:
-            digest.update(np.ascontiguousarray(column).tobytes())
+    digest.update(f"{gathers.columns}".encode())
+    for name in ("part", "first_row", "num_rows", "columns_of", "bounds", "targets", "counts", "first_target_rows"):
+        digest.update(np.ascontiguousarray(getattr(gathers, name)).tobytes())
     for name in ("part", "row", "id", "reason"):
         digest.update(np.ascontiguousarray(getattr(plan.dropped, name)).tobytes())
     if plan.pruning:

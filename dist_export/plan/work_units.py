@@ -6,14 +6,15 @@ with gathered rows are read back from the file and hashed later, in separate uni
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dist_export.formats.digests import CHUNK_BYTES
-from dist_export.plan.disk_placement import files_of, owners_of
+from dist_export.plan.disk_placement import owners_of
 from dist_export.plan.multipart import FileParts
 from dist_export.plan.plan import SparsePlan
 
@@ -74,21 +75,15 @@ def plan_units(
     """
     placements = placements or {}
     by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
-    gathered = _chunks_with_gathers(plan)
     copied = _CopiedBytes(plan)
     writing: list[Unit] = []
     hashing: list[Unit] = []
-    for number, file in enumerate(plan.files):
-        if number in skip or number in by_parts:
-            continue
-        for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
-            num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
-            if num_bytes or not is_gathered:
-                writing.append(
-                    Unit("copy", number, begin, end, not is_gathered, num_bytes, disk=placements.get(number, -1))
-                )
-            if is_gathered:
-                hashing.append(Unit("hash", number, begin, end, True, end - begin, disk=placements.get(number, -1)))
+    for number, begin, end, is_gathered, num_bytes in _list_runs(plan, copied, skip.union(by_parts)):
+        disk = placements.get(number, -1)
+        if num_bytes or not is_gathered:
+            writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes, disk=disk))
+        if is_gathered:
+            hashing.append(Unit("hash", number, begin, end, True, end - begin, disk=disk))
     sent, built = _plan_part_units(by_parts, copied, placements)
     writing += sent
     hashing += built
@@ -101,16 +96,12 @@ def plan_units(
         for owner in sorted(by_owner):
             writing += gathers.group(by_owner[owner], owner=owner)
     elif not placements and plan.pruning is not None and plan.pruning.rank_of_part is not None:
-        ranks = plan.pruning.rank_of_part[[gather.part for gather in plan.gathers]] if plan.gathers else np.zeros(0)
+        ranks = plan.pruning.rank_of_part[plan.gathers.part]
         for owner in np.unique(ranks).tolist():
             writing += gathers.group(np.flatnonzero(ranks == owner).tolist(), owner=owner)
     elif placements:
-        by_disk: dict[int, list[int]] = {}
-        for number, gather in enumerate(plan.gathers):
-            for disk in {placements[file] for file in files_of(plan, gather).tolist() if file in placements} or {-1}:
-                by_disk.setdefault(disk, []).append(number)
-        for disk in sorted(by_disk):
-            writing += gathers.group(by_disk[disk], disk=disk)
+        for disk, numbers in gathers.by_disk().items():
+            writing += gathers.group(numbers, disk=disk)
     else:
         writing += gathers.group(range(len(plan.gathers)))
     return writing, hashing
@@ -129,7 +120,8 @@ def _plan_part_units(
                 writing.append(Unit("copy", number, begin, end, True, end - begin))
             else:  # copy the byte ranges to the disk now, and send the part after the gathers
                 disk = placements.get(number, -1)
-                writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end), disk=disk))
+                num_bytes = int(copied.within(np.array([number]), np.array([begin]), np.array([end]))[0])
+                writing.append(Unit("copy", number, begin, end, False, num_bytes, disk=disk))
                 sending.append(Unit("send", number, begin, end, True, end - begin, disk=disk))
     return writing, sending
 
@@ -141,36 +133,67 @@ class _Gathers:
         self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], placements: Mapping[int, int]
     ) -> None:
         self._plan = plan
-        self._skip = np.array(sorted(skip), np.int64)
-        self._counted = counted
-        self._placement = np.full(len(plan.files), -1, np.int64)
-        self._placement[list(placements)] = list(placements.values())
+        placement = np.full(len(plan.files), -1, np.int64)
+        placement[list(placements)] = list(placements.values())
+        is_skipped = np.zeros(len(plan.files), bool)
+        is_skipped[list(skip)] = True
+        self._disk_of_run = placement[plan.files_of_runs]
+        self._is_skipped = is_skipped[plan.files_of_runs]
+        self._tables = plan.tables_of_gathers
+        has_casts = np.array([plan.has_casts(table) for table in range(len(plan.checkpoint.tables))], bool)
+        is_counted = ~has_casts[self._tables]
+        is_counted[list(counted)] = True
+        self._is_idle = is_counted & (plan.gathers.sum_runs(~self._is_skipped) == 0)
+        """Which gathers write no row that is not there already."""
+
+    def by_disk(self) -> dict[int, list[int]]:
+        """Return the gathers whose rows go to each disk, which may be several; those of disk -1 go to no disk."""
+        of_run = self._plan.gathers.of_run
+        is_placed = self._disk_of_run >= 0
+        found = {-1: np.setdiff1d(np.arange(len(self._plan.gathers)), of_run[is_placed]).tolist()}
+        for disk in np.unique(self._disk_of_run[is_placed]).tolist():
+            found[disk] = np.unique(of_run[self._disk_of_run == disk]).tolist()
+        return found
 
     def group(self, numbers: Sequence[int], *, owner: int = -1, disk: int = -1) -> list[Unit]:
         """Return units for the gathers ``numbers`` that have something to do. Rows for other disks cost nothing."""
-        plan = self._plan
+        gathers = self._plan.gathers
+        chosen = np.asarray(numbers, np.int64)
+        rows = gathers.counts if disk < 0 else np.where(self._disk_of_run == disk, gathers.counts, 0)
+        row_bytes = self._row_bytes[chosen]
+        sizes = row_bytes * gathers.sum_runs(rows)[chosen]
+        reused = row_bytes * gathers.sum_runs(np.where(self._is_skipped, rows, 0))[chosen]
+        columns = (chosen, self._tables[chosen], sizes, reused, self._is_idle[chosen])
         units: list[Unit] = []
         last_table = -1
-        for number in numbers:
-            gather = plan.gathers[number]
-            table = int(plan.checkpoint.parts.table[gather.part])
-            files = files_of(plan, gather)
-            is_counted = number in self._counted or not plan.has_casts(gather)
-            if is_counted and np.isin(files, self._skip).all():
+        for number, table, num_bytes, reused_bytes, is_idle in zip(*(c.tolist() for c in columns), strict=True):
+            if is_idle:
                 last_table = -1
                 continue
-            row_bytes = sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
-            rows = gather.counts if disk < 0 else np.where(self._placement[files] == disk, gather.counts, 0)
-            num_bytes = row_bytes * int(rows.sum())
-            reused_bytes = row_bytes * int(rows[np.isin(files, self._skip)].sum())
             is_next = table == last_table and units[-1].end == number
             if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
-                num_bytes, reused_bytes = num_bytes + units[-1].num_bytes, reused_bytes + units[-1].reused_bytes
-                units[-1] = units[-1]._replace(end=number + 1, num_bytes=num_bytes, reused_bytes=reused_bytes)
+                joined = units.pop()
+                first, whole, whole_reused = (
+                    joined.begin,
+                    joined.num_bytes + num_bytes,
+                    joined.reused_bytes + reused_bytes,
+                )
             else:
-                units.append(Unit("gather", -1, number, number + 1, False, num_bytes, owner, disk, reused_bytes))
+                first, whole, whole_reused = number, num_bytes, reused_bytes
+            units.append(Unit("gather", -1, first, number + 1, False, whole, owner, disk, whole_reused))
             last_table = table
         return units
+
+    @functools.cached_property
+    def _row_bytes(self) -> np.ndarray:
+        """The bytes (int64) of one row of each gather: those of the slots that it moves."""
+        plan = self._plan
+        found = np.zeros((len(plan.checkpoint.tables), len(plan.gathers.columns)), np.int64)
+        for table in np.unique(self._tables).tolist():
+            for place, columns in enumerate(plan.gathers.columns):
+                found[table, place] = sum(slot.row_bytes for slot in plan.slots_of(table) if slot.column in columns)
+        row_bytes: np.ndarray = found[self._tables, plan.gathers.columns_of]
+        return row_bytes
 
 
 def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
@@ -178,7 +201,7 @@ def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
     return [
         Unit("hash", number, begin, end, True, end - begin)
         for number in files
-        for begin, end, _ in _runs(plan.files[number].num_bytes, frozenset())
+        for begin, end, _ in _runs(plan.files[number].num_bytes, None)
     ]
 
 
@@ -195,33 +218,60 @@ def assign(units: list[Unit], num_workers: int) -> list[list[int]]:
 
 
 class _CopiedBytes:
-    """Counts the bytes of a range that come from copies or the header, and not from gathers."""
+    """Counts the bytes of ranges that come from copies or the header, and not from gathers."""
 
     def __init__(self, plan: SparsePlan) -> None:
-        self._plan = plan
+        self._copies = plan.copies
         self._before = np.concatenate([[0], np.cumsum(plan.copies.num_bytes)])
+        self._headers = np.array([len(file.header) for file in plan.files], np.int64)
+        # all files as if one followed the other: then one search finds a file and a place in it
+        sizes = np.array([file.num_bytes for file in plan.files], np.int64)
+        self._file_begins = np.cumsum(sizes) - sizes
+        self._copy_begins = self._file_begins[plan.copies.file] + plan.copies.offset
 
-    def within(self, number: int, begin: int, end: int) -> int:
-        """Return the bytes in ``begin`` to ``end`` of an output file."""
-        header = len(self._plan.files[number].header)
-        return max(0, min(end, header) - begin) + self._until(number, end) - self._until(number, begin)
+    def within(self, number: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Return the bytes (int64) in ``begin`` to ``end`` of output files, all int64."""
+        of_headers = np.maximum(0, np.minimum(end, self._headers[number]) - begin)
+        found: np.ndarray = of_headers + self._until(number, end) - self._until(number, begin)
+        return found
 
-    def _until(self, number: int, position: int) -> int:
-        copies = self._plan.copies
-        first, last = np.searchsorted(copies.file, [number, number + 1])
-        place = first + int(np.searchsorted(copies.offset[first:last], position))
-        if place == first:
-            return 0
-        last_bytes = min(int(copies.num_bytes[place - 1]), position - int(copies.offset[place - 1]))
-        return int(self._before[place - 1] - self._before[first]) + last_bytes
+    def _until(self, number: np.ndarray, position: np.ndarray) -> np.ndarray:
+        copies = self._copies
+        first = np.searchsorted(copies.file, number)
+        last = np.searchsorted(self._copy_begins, self._file_begins[number] + position) - 1
+        found = np.zeros(len(number), np.int64)
+        some = np.flatnonzero(last >= first)
+        first, last = first[some], last[some]
+        last_bytes = np.minimum(copies.num_bytes[last], position[some] - copies.offset[last])
+        found[some] = self._before[last] - self._before[first] + last_bytes
+        return found
 
 
-def _runs(num_bytes: int, gathered: frozenset[int]) -> list[tuple[int, int, bool]]:
-    """Cut a file into runs of whole chunks, all gathered or none, of at most UNIT_BYTES. An empty file is one empty run."""
+def _list_runs(
+    plan: SparsePlan, copied: _CopiedBytes, skip: frozenset[int]
+) -> Iterator[tuple[int, int, int, bool, int]]:
+    """Yield number, begin, end, whether it has gathered rows, and other bytes, of each run of all files but ``skip``."""
+    found = [
+        (number, *run)
+        for number, (file, is_gathered) in enumerate(zip(plan.files, _find_gathered_chunks(plan), strict=True))
+        if number not in skip
+        for run in _runs(file.num_bytes, is_gathered)
+    ]
+    columns = np.array(found, np.int64).reshape(-1, 4).T
+    sizes = np.where(columns[3], copied.within(*columns[:3]), columns[2] - columns[1])
+    for (number, begin, end, is_gathered), num_bytes in zip(found, sizes.tolist(), strict=True):
+        yield number, begin, end, is_gathered, num_bytes
+
+
+def _runs(num_bytes: int, is_gathered: np.ndarray | None) -> list[tuple[int, int, bool]]:
+    """Cut a file into runs of whole chunks, all gathered or none, of at most UNIT_BYTES. An empty file is one empty run.
+
+    ``is_gathered``: bool by chunk; None if no chunk has gathered rows.
+    """
+    kinds = [False] * _count_chunks(num_bytes) if is_gathered is None else is_gathered.tolist()
     runs: list[tuple[int, int, bool]] = []
-    for chunk in range(max(1, -(-num_bytes // CHUNK_BYTES))):
+    for chunk, kind in enumerate(kinds):
         begin, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, num_bytes)
-        kind = chunk in gathered
         if runs and runs[-1][2] == kind and end - runs[-1][0] <= UNIT_BYTES:
             runs[-1] = (runs[-1][0], end, kind)
         else:
@@ -229,18 +279,25 @@ def _runs(num_bytes: int, gathered: frozenset[int]) -> list[tuple[int, int, bool
     return runs
 
 
-def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
-    found: dict[int, set[int]] = {}
-    for gather in plan.gathers:
-        table = int(plan.checkpoint.parts.table[gather.part])
+def _count_chunks(num_bytes: int) -> int:
+    return max(1, -(-num_bytes // CHUNK_BYTES))
+
+
+def _find_gathered_chunks(plan: SparsePlan) -> list[np.ndarray]:
+    """Return for each output file which of its chunks (bool) hold gathered rows."""
+    if not plan.files:
+        return []
+    ends = np.cumsum([_count_chunks(file.num_bytes) for file in plan.files], dtype=np.int64)
+    begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    steps = np.zeros(int(ends[-1]) + 1, np.int64)
+    """By how much the number of runs of rows in a chunk exceeds that in the chunk before it."""
+    gathers = plan.gathers
+    for table in np.unique(plan.tables_of_gathers).tolist():
         for slot in plan.slots_of(table):
-            if slot.column not in gather.columns:
-                continue
-            block = plan.blocks_of(table, slot.column)[gather.targets]
-            begins = plan.blocks.offset[block] + gather.first_target_rows * slot.row_bytes
-            lasts = begins + gather.counts * slot.row_bytes - 1  # less than begin if rows have no bytes
-            for file, begin, last in zip(
-                plan.blocks.file[block].tolist(), begins.tolist(), lasts.tolist(), strict=True
-            ):
-                found.setdefault(file, set()).update(range(begin // CHUNK_BYTES, last // CHUNK_BYTES + 1))
-    return {file: frozenset(chunks) for file, chunks in found.items()}
+            runs, block = plan.runs_of(table, slot.column)
+            first = plan.blocks.offset[block] + gathers.first_target_rows[runs] * slot.row_bytes
+            last = first + gathers.counts[runs] * slot.row_bytes - 1  # less than first if rows have no bytes
+            of_file = begins[plan.blocks.file[block]]
+            np.add.at(steps, of_file + first // CHUNK_BYTES, 1)
+            np.add.at(steps, of_file + last // CHUNK_BYTES + 1, -1)
+    return np.split(np.cumsum(steps[:-1]) > 0, ends[:-1])

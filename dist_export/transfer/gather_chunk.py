@@ -9,8 +9,9 @@ import numpy as np
 
 from dist_export.formats.recis import hash_slots
 from dist_export.plan.casts import cast_of
+from dist_export.plan.gathers import Gather
 from dist_export.plan.memory_budget import MemoryBudget, cast_rows
-from dist_export.plan.plan import Gather, SparsePlan
+from dist_export.plan.plan import SparsePlan
 
 
 class Piece(NamedTuple):

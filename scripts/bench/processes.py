@@ -33,6 +33,7 @@ class Started:
         self._ranks: list[subprocess.Popen[str]] = []
         self._logs: list[Path] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # who installs a package has it compiled
         for rank in range(ranks):
             log = scratch / f"{rank}.log"
             whole = {

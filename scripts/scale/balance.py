@@ -11,6 +11,7 @@ import numpy as np
 from dist_export.formats.digests import CHUNK_BYTES
 from dist_export.plan.census import share_parts
 from dist_export.plan.plan import SparsePlan
+from dist_export.plan.target_slices import plan_targets
 from dist_export.plan.work_units import Unit, assign, plan_units
 from dist_export.workdir.state import Receipt
 from scripts.scale import fleet
@@ -34,7 +35,7 @@ class Balance:
     ids_off: float
     """By how much the rank with most rows to count exceeds the ideal, as a share of it."""
     seconds: float
-    """For the plan and the units."""
+    """For the plan and the units, on each rank; making up the checkpoint and its census is not in it."""
     gathered_digests: int
     """Pickled bytes of the largest rank's digests, which each rank hands to all others when the shards are written."""
     receipt_bytes: int
@@ -53,8 +54,10 @@ class Balance:
 
 def measure(world_size: int, *, bytes_per_rank: int, num_parts: int, num_shards: int, threads: int = 4) -> Balance:
     """Plan a fleet's export and deal it out."""
+    checkpoint = fleet.make_checkpoint(bytes_per_rank * world_size, num_parts)
+    census = fleet.count(checkpoint, plan_targets(checkpoint, num_shards))
     started = time.perf_counter()
-    plan = fleet.make_plan(bytes_per_rank * world_size, num_parts, num_shards)
+    plan = fleet.make_plan(checkpoint, census, num_shards)
     units, _ = plan_units(plan)
     queues = assign(units, world_size * threads)
     seconds = time.perf_counter() - started

@@ -24,11 +24,9 @@ F32 = [dtype.name for dtype in DTYPES].index("F32")
 I64 = [dtype.name for dtype in DTYPES].index("I64")
 
 
-def make_plan(kept_bytes: int, num_parts: int, num_shards: int) -> SparsePlan:
-    """Plan an export of about ``kept_bytes`` (ids and embeddings) from ``num_parts`` trainer ranks to ``num_shards`` files."""
-    checkpoint = make_checkpoint(kept_bytes, num_parts)
+def make_plan(checkpoint: Checkpoint, census: Census, num_shards: int) -> SparsePlan:
+    """Plan an export to ``num_shards`` files."""
     targets = plan_targets(checkpoint, num_shards)
-    census = count(checkpoint, targets)
     return plan_shards(checkpoint, select(checkpoint), targets, census, num_shards=num_shards)
 
 

@@ -56,9 +56,9 @@ def test_merging_shards_is_copying(tmp_path, parts_and_shards):
     num_parts, num_shards = parts_and_shards
     tables = make_tables({"a": 300, "b": 100}, num_parts)
     planned = plan(write_checkpoint(tmp_path / "in", tables), num_shards=num_shards).plan
-    assert planned.gathers == ()
+    assert not planned.gathers
     tiles(planned)
-    assert plan(tmp_path / "in", num_shards="source").plan.gathers == ()
+    assert not plan(tmp_path / "in", num_shards="source").plan.gathers
 
 
 @pytest.mark.parametrize("parts_and_shards", [(1, 2), (2, 3), (4, 8), (3, 2)])
@@ -80,7 +80,7 @@ def test_what_decides_is_where_the_rows_are_not_what_the_slice_says(tmp_path):
         write_checkpoint(tmp_path / "in", {"t": [PartSpec(ids, {"embedding": np.zeros((100, 2))}, (0, 65536, 65536))]}),
         num_shards=2,
     ).plan
-    assert planned.gathers == ()
+    assert not planned.gathers
     tiles(planned)
 
 

@@ -29,7 +29,7 @@ def plan_of(header: int, runs: list[tuple[int, bool]]) -> SimpleNamespace:
     names = ("file", "offset", "source_file", "source_offset", "num_bytes")
     copies = SimpleNamespace(**dict(zip(names, columns, strict=True)))
     file = SimpleNamespace(name="model", num_bytes=position, header=b" " * header)
-    return SimpleNamespace(files=(file,), copies=copies, gathers=())
+    return SimpleNamespace(files=(file,), copies=copies, files_of_runs=np.zeros(0, np.int64))
 
 
 RUNS = st.lists(st.tuples(st.integers(1, 40 * MIB), st.booleans()), max_size=12)

@@ -64,14 +64,16 @@ def test_a_file_that_is_there_is_hashed_in_units_of_whole_chunks(split):
 def test_units_of_a_large_file_hold_at_most_256_mib():
     assert UNIT_BYTES == 256 << 20
     size = 5 * UNIT_BYTES + 12345
-    runs = plan_units_module._runs(size, frozenset([3, 4, 11]))
+    is_gathered = np.zeros(-(-size // plan_units_module.CHUNK_BYTES), bool)
+    is_gathered[[3, 4, 11]] = True
+    runs = plan_units_module._runs(size, is_gathered)
     assert runs[0][0] == 0
     assert runs[-1][1] == size
     assert all(left[1] == right[0] for left, right in itertools.pairwise(runs))
     assert max(end - begin for begin, end, _ in runs) <= UNIT_BYTES
     assert all(begin % CHUNK_BYTES == 0 for begin, _, _ in runs)
     assert {begin // CHUNK_BYTES for begin, _, kind in runs if kind} == {3, 11}
-    assert plan_units_module._runs(0, frozenset()) == [(0, 0, False)]
+    assert plan_units_module._runs(0, None) == [(0, 0, False)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -142,10 +144,11 @@ def test_copied_bytes_within_a_range():
     copies = SimpleNamespace(
         file=np.array([0, 0, 1]), offset=np.array([10, 30, 8]), num_bytes=np.array([10, 5, 12]), source_file=None
     )
-    files = [SimpleNamespace(header=b"x" * 10), SimpleNamespace(header=b"x" * 8)]
+    files = [SimpleNamespace(header=b"x" * 10, num_bytes=40), SimpleNamespace(header=b"x" * 8, num_bytes=40)]
     copied = plan_units_module._CopiedBytes(SimpleNamespace(copies=copies, files=files))
     for number, edges in ((0, [(0, 20), (30, 35)]), (1, [(0, 20)])):
         covered = {byte for begin, end in edges for byte in range(begin, end)}
         for begin in range(40):
             for end in range(begin, 41):
-                assert copied.within(number, begin, end) == len(covered & set(range(begin, end)))
+                found = copied.within(*(np.array([value]) for value in (number, begin, end)))
+                assert found.tolist() == [len(covered & set(range(begin, end)))]
