@@ -73,7 +73,7 @@ def refuse_missing(
             raise ModelError(idle)
         _refuse(config, lacking)
 
-    ranks.run("match the model's tables", refuse)
+    ranks.check("match the model's tables", refuse)
 
 
 def is_let_pass(path: str, config: MissingTables) -> bool:

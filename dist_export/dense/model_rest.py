@@ -98,11 +98,11 @@ class ModelRest:
         if not rest and not wrappers and not self._tables:
             yield
             return
-        state = ranks.run("read the model's other parameters", load)
+        state = ranks.check("read the model's other parameters", load)
         with contextlib.ExitStack() as held:
             below = self._dense_model_name
             put = functools.partial(values_within, root, state, path="", except_below=below, must_fit=False)
-            names = ranks.run("put values into the rest of the model", lambda: held.enter_context(put()))
+            names = ranks.check("put values into the rest of the model", lambda: held.enter_context(put()))
             there = {id(rest[name]) for name in names if name in rest}
             self._lacking = {name: tensor for name, tensor in rest.items() if id(tensor) not in there}
             for wrapper in wrappers:
@@ -132,7 +132,7 @@ class ModelRest:
             if refused:
                 raise ModelError(self._say_refused(refused))
 
-        self._ranks.run("look at what the checkpoint lacks of the model", refuse)
+        self._ranks.check("look at what the checkpoint lacks of the model", refuse)
         return passed
 
     def _say_refused(self, names: Sequence[str]) -> str:

@@ -171,7 +171,7 @@ def refuse_unregistered(
                 "or allow_missing_tables: [patterns] lets the model's own values pass"
             )
 
-    ranks.run("refuse parameters that are not registered", refuse)
+    ranks.check("refuse parameters that are not registered", refuse)
     return [
         f"{path} ({kind}) is not registered in the sparse arch: the sample used the model's own values"
         for path, kind in sorted(every.items())

@@ -104,7 +104,7 @@ class ReferenceRunner:
         try:
             with state_put_back(self._dense_arch), ready_to_load(self._dense_arch):
                 if load is not None:
-                    state = ranks.run("read the dense parameters for the reference", load)
+                    state = ranks.check("read the dense parameters for the reference", load)
                     ranks.run(
                         "put the checkpoint's values into the dense arch",
                         lambda: put_values(self._dense_arch, state, dense_model_name=self._dense_model_name),

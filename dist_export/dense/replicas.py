@@ -30,7 +30,7 @@ def compare_replicas(ranks: Ranks, copied: nn.Module) -> list[str]:
     """
     if ranks.world_size == 1:
         return []
-    found = ranks.run("read the dense parameters", lambda: _Digests(copied))
+    found = ranks.check("read the dense parameters", lambda: _Digests(copied))
     totals = ranks.all_gather("compare the dense parameters", lambda: found.total)
     if len(set(totals)) == 1:
         return []
@@ -40,7 +40,7 @@ def compare_replicas(ranks: Ranks, copied: nn.Module) -> list[str]:
     mine, theirs = told[0], told[first]
     assert mine is not None
     assert theirs is not None
-    ranks.run("compare the dense parameters by name", lambda: _refuse(mine.parameters, theirs.parameters, first))
+    ranks.check("compare the dense parameters by name", lambda: _refuse(mine.parameters, theirs.parameters, first))
     names = _differing(mine.buffers, theirs.buffers)
     return [f"the dense arch's {few(names)} differs between ranks 0 and {first}; a buffer is exported as rank 0 has it"]
 

@@ -68,7 +68,7 @@ def gather_outlines(
         cut = cut_batch(data, blocks.outline().num_rows or 0)
         if all(ranks.all_gather("cut the sample batch", lambda: cut is not None)):
             add("a part of the sample batch", cut)
-    ranks.run("compare the blocks", lambda: refuse_varying([outline for its in seen for outline in its]))
+    ranks.check("compare the blocks", lambda: refuse_varying([outline for its in seen for outline in its]))
     return seen
 
 

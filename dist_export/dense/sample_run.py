@@ -98,7 +98,7 @@ class SampleRun:
     def take(self) -> None:
         """Take the sample and the batches after it from the dataset. ModelError, on all ranks, if a rank has none."""
         batches = self._ranks.all_gather("take a sample batch", self._take)
-        self._ranks.run("look for ranks without a batch", lambda: refuse_lacking(batches))
+        self._ranks.check("look for ranks without a batch", lambda: refuse_lacking(batches))
         assert self._batches is not None
         self.drift.take(self.data, self._batches)
 

@@ -43,7 +43,7 @@ class SparseValues:
         if self._parameters is None:  # a model in memory has them
             yield
             return
-        state = self._ranks.run("read the parameters of the sparse arch", self._parameters.load)
+        state = self._ranks.check("read the parameters of the sparse arch", self._parameters.load)
         config = self._config
         path, below = config.sparse_model_name, config.dense_model_name
         with contextlib.ExitStack() as held:
@@ -65,7 +65,7 @@ class SparseValues:
                         allowed=config.allow_missing_dense,
                     )
 
-            self._ranks.run("put values into the sparse arch", put)
+            self._ranks.check("put values into the sparse arch", put)
             yield
 
 

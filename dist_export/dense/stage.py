@@ -101,11 +101,11 @@ class DenseStage:
         """
         ranks, sampled = self._ranks, self._sampled
         checkpoint = None if source is None else source.checkpoint
-        sparse_arch, dense_arch = ranks.run(
+        sparse_arch, dense_arch = ranks.check(
             "look into the model", lambda: find_arches(self._objects.model, self._config)
         )
         sampled.sparse_arch, sampled.dense_arch = sparse_arch, dense_arch
-        ranks.run("drop whole parameters of FSDP", lambda: reshard(self._objects.model))
+        ranks.check("drop whole parameters of FSDP", lambda: reshard(self._objects.model))
         ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied, checkpoint)))
@@ -113,7 +113,7 @@ class DenseStage:
             notes += note_unregistered(self._objects.model, dense_arch, self._config.dense_model_name)
         if checkpoint is not None:  # its modes may compute values, which are compared as they were
             path, is_live = self._config.sparse_model_name, checkpoint.memory is not None
-            ranks.run("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))
+            ranks.check("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))
         notes += compare_replicas(ranks, copied) if self._parameters is None else []
         sampled.take()
         sampled.open_rows(source, casts)

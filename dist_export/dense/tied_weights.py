@@ -62,7 +62,7 @@ def refuse_torn_weights(
     told = ranks.all_gather("look for tied weights", lambda: list(_list_ties(unwrap(model), paths)))
     if not (ties := sorted({tie for its in told for tie in its})):
         return
-    state = ranks.run("read what is tied", parameters.load)
+    state = ranks.check("read what is tied", parameters.load)
     tables = None if finder is None or finder.is_live or not finder.is_of_source else finder
     held = _Held(state, tables, paths[0])
 

@@ -140,5 +140,5 @@ def refuse_unregistered_tables(ranks: Ranks, rows: SampleRows, *, is_exported: b
                 "a list, dict, object or closure"
             )
 
-    ranks.run("refuse tables that are not registered", refuse)
+    ranks.check("refuse tables that are not registered", refuse)
     return [f"{table} is not registered in the sparse arch: the sample used the model's own rows" for table in every]

@@ -79,7 +79,7 @@ def refuse_early(ranks: Ranks, max_drift: float | dict[str, float] | None, reaso
                 f"max_drift bounds the drift, which cannot be measured: {reason}. Nothing was written. {_ADVICE}"
             )
 
-    ranks.run("look for what bounds the drift", refuse)
+    ranks.check("look for what bounds the drift", refuse)
 
 
 def refuse_late(ranks: Ranks, max_drift: float | dict[str, float] | None, reason: str) -> None:
@@ -92,4 +92,4 @@ def refuse_late(ranks: Ranks, max_drift: float | dict[str, float] | None, reason
                 f"package. {_ADVICE}"
             )
 
-    ranks.run("look for what bounds the drift", refuse)
+    ranks.check("look for what bounds the drift", refuse)

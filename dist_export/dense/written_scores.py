@@ -66,7 +66,7 @@ class WrittenScores:
                 "score the sample from the shards", lambda: run_again(sampled.data, what=SAMPLE), may_block=True
             )
             blocks, rows = first
-            ranks.run("compare the rows of the sample", lambda: check_rows(rows, finder))
+            ranks.check("compare the rows of the sample", lambda: check_rows(rows, finder))
             reads_rows = any(ranks.all_gather("count the rows of the sample", lambda: rows.num_found > 0))
             if beside is not None:
                 beside(lambda data: run_again(data, head=sampled.head())[0], blocks)
