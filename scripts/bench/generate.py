@@ -1,9 +1,6 @@
 """Write checkpoints in RecIS's format of any size: unique ids in their shards' slices, random rows, optimizer slots.
 
-Nothing of dist_export is used, so that a mistake there cannot hide behind the same mistake here. As a command:
-
-    python -m scripts.bench.generate DIRECTORY --rows 1000000 --dim 64 --shards 8
-    python -m scripts.bench.generate DIRECTORY --metadata-scale
+Nothing of dist_export is used, so that a mistake there cannot hide behind the same mistake here.
 """
 
 from __future__ import annotations
