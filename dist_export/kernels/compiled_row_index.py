@@ -38,7 +38,7 @@ class CompiledRowIndex(CompiledBase):
         self._measure_slots = self._declare("measure_slots", [POINTER, INT64, UINT64, INT64, POINTER], INT64)
         self._fill_slots = self._declare("fill_slots", [POINTER, INT64, UINT64, INT64, POINTER])
         self._find_rows = self._declare("find_rows", [POINTER, POINTER, INT64, POINTER], INT)
-        self._count_rows_at = self._declare("count_rows_at", [POINTER, POINTER, INT64, INT64], INT64)
+        self._count_rows_at = self._declare("count_rows_at", [POINTER, POINTER, INT64, INT64, INT], INT64)
         self._take_rows = self._declare("take_rows", [POINTER, INT64, POINTER, POINTER, INT64, POINTER, POINTER])
 
     def encode_keys(self, ids: np.ndarray, first_row: int, seed: int) -> np.ndarray:
@@ -114,7 +114,7 @@ class CompiledRowIndex(CompiledBase):
             )
         ids = checked(ids, np.int64)
         index = _Index(at(slot_bytes), None, num_slots, 0, longest_probe, num_buckets, _spread(seed))
-        count: int = self._count_rows_at(ctypes.addressof(index), at(ids), len(ids), first_row)
+        count: int = self._count_rows_at(ctypes.addressof(index), at(ids), len(ids), first_row, self._level)
         return count
 
     def take_rows(
