@@ -186,7 +186,9 @@ def _work(found: Found, planned: PlannedSparse, world_size: int, fingerprint_byt
         work["store"] = _store(planned, paths, parts, row_index=found.config.row_index)
         if paths.target.s3 is not None and fingerprint_bytes:
             work["store"] |= {"row_fingerprints": fingerprint_bytes, "read_back": _count_row_bytes(plan)}
-    writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
+    writing, _ = plan_units(
+        plan, by_parts={number: its for number, its in parts.items() if its.has_remote}, tuning=planned.budget.tuning
+    )
     threads = planned.budget.threads
     queues = assign(writing, world_size * threads)
     by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]

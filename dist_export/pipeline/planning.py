@@ -52,6 +52,7 @@ from dist_export.runtime.threads import keep_freed_memory
 from dist_export.storage.directory import Directory
 from dist_export.transfer.duplicates import DuplicateIds, find_duplicate_rows
 from dist_export.transfer.prune_filter import find_pruned
+from dist_export.tuning import STANDARD, Tuning
 
 T = TypeVar("T")
 _DEFAULT_THREADS = 4
@@ -237,11 +238,12 @@ def plan_sparse(
     world_size: int,
     base: Package | None = None,
     leaving: Pruning | None = None,
+    tuning: Tuning = STANDARD,
 ) -> PlannedSparse:
     """Choose, count the id columns (each rank its share), lay out. All ranks; nothing is written.
 
     Rows that ``base`` has with the same bytes are left out; ``checkpoint`` is then one that fits it. ``leaving`` are rules that
-    take the place of those of the settings.
+    take the place of those of the settings. ``tuning``: the sizes of pieces, which become those of the budget.
 
     Raises:
         PlanError: settings that this checkpoint cannot meet, or whose rules leave nothing of a table.
@@ -253,7 +255,7 @@ def plan_sparse(
 
     def look() -> tuple[MemoryBudget, str]:
         room = config.max_memory_bytes - pruning.num_bytes - estimate_bytes(base)
-        return MemoryBudget(room, count_threads(config.threads)), checkpoint.digest_traces()
+        return MemoryBudget(room, count_threads(config.threads), tuning), checkpoint.digest_traces()
 
     # machines may have other cores and mount the source in other ways, and all ranks need one plan with one digest
     budget, disk_state = ranks.broadcast("share out the memory", look)
@@ -268,8 +270,8 @@ def plan_sparse(
     def compare(dropped_in: Callable[[int, int, int], np.ndarray] | None = None) -> tuple[BaseRows | None, Pruning]:
         if base is None:
             return None, pruning
-        is_exact, ignored = config.compare == "exact", config.delta_ignore_slots
-        same = BaseRows(checkpoint, selection, base, is_exact=is_exact, ignored=ignored, dropped_in=dropped_in)
+        open_rows = functools.partial(BaseRows, is_exact=config.compare == "exact", ignored=config.delta_ignore_slots)
+        same = open_rows(checkpoint, selection, base, dropped_in=dropped_in, piece_bytes=tuning.compared_bytes)
         return same, pruning.leaving(same, ranks_of_parts(shares, budget.threads, len(checkpoint.parts)))
 
     same, rules = ranks.check("open the tables of the base", compare)
@@ -295,9 +297,7 @@ def plan_sparse(
         return plan_copy(checkpoint, selection)
 
     plan = ranks.check("lay out the shards", lay_out)
-    digests = ranks.all_gather("compare the plans", lambda: plan.digest)
-    if len(set(digests)) > 1:
-        ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
+    _refuse_different(ranks, plan)
     return PlannedSparse(plan=plan, census=census, budget=budget, same=same)
 
 
@@ -349,12 +349,20 @@ def count_threads(asked: int | None) -> int:
     return max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
 
 
-def _refuse_different(digests: list[str], source: str) -> None:
-    told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
-    raise ExportError(
-        f"the ranks came to different plans, so they do not see the same {source} ({told}). Nothing was written. "
-        "Check that it is one shared directory whose files no longer change"
-    )
+def _refuse_different(ranks: Ranks, plan: SparsePlan) -> None:
+    """Raise ExportError on all ranks if they have different plans. All ranks."""
+    digests = ranks.all_gather("compare the plans", lambda: plan.digest)
+    if len(set(digests)) == 1:
+        return
+
+    def refuse() -> None:
+        told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
+        raise ExportError(
+            f"the ranks came to different plans, so they do not see the same {plan.checkpoint.directory.url} ({told}). "
+            "Nothing was written. Check that it is one shared directory whose files no longer change"
+        )
+
+    ranks.run("agree on the plan", refuse)
 
 
 def _refuse_misplaced(checkpoint: Checkpoint, census: Census, *, repair: bool | None) -> None:

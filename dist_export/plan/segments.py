@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint, Parts, SlotMeta
-from dist_export.plan.census import GRANULE_ROWS, Census
+from dist_export.plan.census import Census
 from dist_export.plan.plan import Copies, Gather, SparsePlan
 
 
@@ -60,13 +60,13 @@ def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], l
         moved = np.flatnonzero(np.isin(part, np.array(list(by_rows), np.int64)))
         edges = np.flatnonzero(np.diff(part[moved], prepend=-1) | np.diff(granule[moved], prepend=-1))
         for runs in np.split(moved, edges[1:]) if len(moved) else []:
-            first_row = int(granule[runs[0]]) * GRANULE_ROWS
+            first_row = int(granule[runs[0]]) * census.granule_rows
             number = int(part[runs[0]])
             gathers.append(
                 Gather(
                     part=number,
                     first_row=first_row,
-                    num_rows=min(GRANULE_ROWS, int(parts.rows[number]) - first_row),
+                    num_rows=min(census.granule_rows, int(parts.rows[number]) - first_row),
                     targets=target[runs],
                     counts=rows[runs],
                     first_target_rows=base[runs],

@@ -12,13 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.formats.digests import CHUNK_BYTES
 from dist_export.plan.disk_placement import files_of, owners_of
 from dist_export.plan.multipart import FileParts
 from dist_export.plan.plan import SparsePlan
-
-UNIT_BYTES = 256 << 20
-"""The most bytes that one unit moves: small enough to balance the ranks, large enough that claiming a unit costs little."""
+from dist_export.tuning import STANDARD, Tuning
 
 
 class Unit(NamedTuple):
@@ -61,6 +58,7 @@ def plan_units(
     counted: Collection[int] = (),
     by_parts: Mapping[int, FileParts] | None = None,
     placements: Mapping[int, int] | None = None,
+    tuning: Tuning = STANDARD,
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the units of the writing phase and those of the hashing phase after it.
 
@@ -71,17 +69,18 @@ def plan_units(
         by_parts: files that are uploaded in parts. They get one unit for each part.
         homes: the disk on which each file is built, if the ranks share no disk
             (:func:`~dist_export.plan.disk_placement.find_placements`).
+        tuning: the sizes of chunks and units.
     """
     placements = placements or {}
     by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
-    gathered = _chunks_with_gathers(plan)
+    gathered = _chunks_with_gathers(plan, tuning.chunk_bytes)
     copied = _CopiedBytes(plan)
     writing: list[Unit] = []
     hashing: list[Unit] = []
     for number, file in enumerate(plan.files):
         if number in skip or number in by_parts:
             continue
-        for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
+        for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset()), tuning):
             num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
             if num_bytes or not is_gathered:
                 writing.append(
@@ -92,7 +91,7 @@ def plan_units(
     sent, built = _plan_part_units(by_parts, copied, placements)
     writing += sent
     hashing += built
-    gathers = _Gathers(plan, skip, counted, placements)
+    gathers = _Gathers(plan, skip, counted, placements, tuning.unit_bytes)
     if plan.checkpoint.memory is not None:
         by_owner: dict[int, list[int]] = {}
         for number, gather in enumerate(plan.gathers):
@@ -135,12 +134,18 @@ def _plan_part_units(
 
 
 class _Gathers:
-    """Joins neighbouring gathers of one table into units of up to UNIT_BYTES, because there may be many small parts."""
+    """Joins neighbouring gathers of one table into units of up to ``unit_bytes``, because there may be many small parts."""
 
     def __init__(
-        self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], placements: Mapping[int, int]
+        self,
+        plan: SparsePlan,
+        skip: frozenset[int],
+        counted: Collection[int],
+        placements: Mapping[int, int],
+        unit_bytes: int,
     ) -> None:
         self._plan = plan
+        self._unit_bytes = unit_bytes
         self._skip = np.array(sorted(skip), np.int64)
         self._counted = counted
         self._placement = np.full(len(plan.files), -1, np.int64)
@@ -164,7 +169,7 @@ class _Gathers:
             num_bytes = row_bytes * int(rows.sum())
             reused_bytes = row_bytes * int(rows[np.isin(files, self._skip)].sum())
             is_next = table == last_table and units[-1].end == number
-            if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
+            if is_next and units[-1].num_bytes + num_bytes <= self._unit_bytes:
                 num_bytes, reused_bytes = num_bytes + units[-1].num_bytes, reused_bytes + units[-1].reused_bytes
                 units[-1] = units[-1]._replace(end=number + 1, num_bytes=num_bytes, reused_bytes=reused_bytes)
             else:
@@ -173,12 +178,12 @@ class _Gathers:
         return units
 
 
-def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
+def plan_hash_units(plan: SparsePlan, files: list[int], *, tuning: Tuning = STANDARD) -> list[Unit]:
     """Return units that read whole files back, for files that are already in the target."""
     return [
         Unit("hash", number, begin, end, True, end - begin)
         for number in files
-        for begin, end, _ in _runs(plan.files[number].num_bytes, frozenset())
+        for begin, end, _ in _runs(plan.files[number].num_bytes, frozenset(), tuning)
     ]
 
 
@@ -216,20 +221,21 @@ class _CopiedBytes:
         return int(self._before[place - 1] - self._before[first]) + last_bytes
 
 
-def _runs(num_bytes: int, gathered: frozenset[int]) -> list[tuple[int, int, bool]]:
-    """Cut a file into runs of whole chunks, all gathered or none, of at most UNIT_BYTES. An empty file is one empty run."""
+def _runs(num_bytes: int, gathered: frozenset[int], tuning: Tuning) -> list[tuple[int, int, bool]]:
+    """Cut a file into runs of whole chunks, all gathered or none, of at most a unit. An empty file is one empty run."""
     runs: list[tuple[int, int, bool]] = []
-    for chunk in range(max(1, -(-num_bytes // CHUNK_BYTES))):
-        begin, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, num_bytes)
+    chunk_bytes, unit_bytes = tuning.chunk_bytes, tuning.unit_bytes
+    for chunk in range(max(1, -(-num_bytes // chunk_bytes))):
+        begin, end = chunk * chunk_bytes, min((chunk + 1) * chunk_bytes, num_bytes)
         kind = chunk in gathered
-        if runs and runs[-1][2] == kind and end - runs[-1][0] <= UNIT_BYTES:
+        if runs and runs[-1][2] == kind and end - runs[-1][0] <= unit_bytes:
             runs[-1] = (runs[-1][0], end, kind)
         else:
             runs.append((begin, end, kind))
     return runs
 
 
-def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
+def _chunks_with_gathers(plan: SparsePlan, chunk_bytes: int) -> dict[int, frozenset[int]]:
     found: dict[int, set[int]] = {}
     for gather in plan.gathers:
         table = int(plan.checkpoint.parts.table[gather.part])
@@ -242,5 +248,5 @@ def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
             for file, begin, last in zip(
                 plan.blocks.file[block].tolist(), begins.tolist(), lasts.tolist(), strict=True
             ):
-                found.setdefault(file, set()).update(range(begin // CHUNK_BYTES, last // CHUNK_BYTES + 1))
+                found.setdefault(file, set()).update(range(begin // chunk_bytes, last // chunk_bytes + 1))
     return {file: frozenset(chunks) for file, chunks in found.items()}

@@ -16,7 +16,6 @@ from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_fingerprints import (
     FINGERPRINT,
     MAGIC,
-    PIECE_BYTES,
     Fingerprinter,
     PartSlots,
     Piece,
@@ -29,6 +28,7 @@ from dist_export.manifest import MANIFEST, Manifest, PartEntry, RowFingerprintsE
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
+from dist_export.tuning import STANDARD
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.report import Report
 from dist_export.verify.work_split import FingerprintedPart, Work, cut
@@ -118,7 +118,9 @@ def cut_fingerprints(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     return part, first, rows, rows * row_bytes[part]
 
 
-def compare_fingerprints(directory: Directory, work: Work, chosen: slice) -> list[WrongRows]:
+def compare_fingerprints(
+    directory: Directory, work: Work, chosen: slice, *, piece_bytes: int = STANDARD.fingerprint_bytes
+) -> list[WrongRows]:
     """Compare a run of the pieces of :func:`cut_fingerprints` with the rows. Any rank, any thread."""
     wrong = []
     parts = [its.slots for its in work.fingerprints]
@@ -133,7 +135,7 @@ def compare_fingerprints(directory: Directory, work: Work, chosen: slice) -> lis
                 is_ours = bool(whole.first_row) or stored.fetch(0, len(MAGIC)) == MAGIC
                 if not is_ours:
                     wrong.append(WrongRows(whole.part, 0, 0, "it is no file of row fingerprints"))
-                for group in group_pieces([whole], parts, PIECE_BYTES) if is_ours else ():
+                for group in group_pieces([whole], parts, piece_bytes) if is_ours else ():
                     (piece,) = group
                     (expected,) = fingerprinter.compute(group)
                     found = np.empty(piece.num_rows, FINGERPRINT)
