@@ -48,6 +48,9 @@ class Tuning:
     fingerprint_bytes: int = 1 << 20
     """Bytes of rows that are read at once for their fingerprints, and stay in a core's cache."""
 
+    fingerprint_rows: int = 1 << 17
+    """Rows that are read at once for their fingerprints: narrow rows have more bytes of fingerprints than of slots."""
+
     base_rows: int = 1 << 20
     """Ids of a base that are read at once, to list those that are deleted."""
 
@@ -59,6 +62,9 @@ class Tuning:
 
     verified_ids: int = 1 << 22
     """``verify``: ids in a piece. Columns that do not fit in memory are counted in pieces."""
+
+    verified_fingerprints: int = 1 << 20
+    """``verify``: fingerprints in a piece."""
 
     compared_ids: int = 1 << 20
     """``verify``: ids of a delta in a piece, which is looked up in the base."""

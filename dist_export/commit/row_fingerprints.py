@@ -101,7 +101,7 @@ class FingerprintWriter:
             window_bytes: how many bytes of rows may be read from a store at once.
             digest: the algorithm of the digests; xxh3 if it is ``none``.
             in_place: whether the directory is a checkpoint, in which nothing but the package's files is written.
-            tuning: how many bytes of rows are read from a disk at once, and the chunks of digests.
+            tuning: how much is read from a disk at once, and the chunks of digests.
         """
         self._plan = plan
         self._target = target
@@ -109,6 +109,7 @@ class FingerprintWriter:
         self._digest = XXH3 if digest == NONE else digest
         self._in_place = in_place
         self._chunk_bytes = tuning.chunk_bytes
+        self._piece_rows = tuning.fingerprint_rows
 
     def write(self, numbers: Collection[int]) -> list[FileEntry]:
         """Write the files beside these shards, and return their entries. A file that an interrupted export finished stays."""
@@ -140,7 +141,7 @@ class FingerprintWriter:
             end = len(MAGIC)
             pieces = [Piece(place, 0, part.num_rows) for place, part in enumerate(planned.parts)]
             fingerprinter = Fingerprinter(planned.parts, lambda file, ranges: readers[file].read_many(ranges))
-            for group in group_pieces(pieces, planned.parts, self._piece_bytes):
+            for group in group_pieces(pieces, planned.parts, self._piece_bytes, most_rows=self._piece_rows):
                 for piece, fingerprints in zip(group, fingerprinter.compute(group), strict=True):
                     gap = bytes(planned.offsets[piece.part] + piece.first_row * FINGERPRINT.itemsize - end)
                     for data in (memoryview(gap), fingerprints.astype(FINGERPRINT, copy=False).data.cast("B")):

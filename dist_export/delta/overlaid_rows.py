@@ -54,7 +54,7 @@ class OverlaidRows(RangeReader):
         self._runs = runs
         self._deltas = deltas
         self._row_bytes = row_bytes
-        self._step = max(1, piece_bytes // row_bytes)
+        self._step = max(1, piece_bytes // max(row_bytes, 1))
 
     def _fill(self, view: memoryview, offset: int) -> None:
         if not len(view):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.kernels.selection import select_kernels
+from dist_export.tuning import STANDARD
 
 SUFFIX = ".row_fingerprints"
 """Ends the name of the file that holds the row fingerprints of one shard."""
@@ -20,8 +21,6 @@ ALIGNMENT = 64
 """The fingerprints of each part begin at a multiple of this many bytes. The first begin at byte 64."""
 FINGERPRINT = np.dtype("<u8")
 
-_MOST_ROWS = 1 << 17
-"""Narrow rows have more bytes of fingerprints than of slots."""
 
 ReadMany = Callable[[int, Sequence[tuple[memoryview, int]]], None]
 """Fills views from a file (by number), each from its own byte on."""
@@ -82,7 +81,7 @@ def find_fault(*, offset: int, num_rows: int, file_size: int) -> str | None:
 
 
 def group_pieces(
-    pieces: Sequence[Piece], parts: Sequence[PartSlots], most_bytes: int, *, most_rows: int = _MOST_ROWS
+    pieces: Sequence[Piece], parts: Sequence[PartSlots], most_bytes: int, *, most_rows: int = STANDARD.fingerprint_rows
 ) -> Iterator[list[Piece]]:
     """Yield these pieces in groups of at most about ``most_bytes`` bytes and ``most_rows`` rows. Larger pieces are cut.
 

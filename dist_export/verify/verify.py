@@ -164,10 +164,10 @@ def _read_shares(directory: Directory, work: Work, bounds: Bounds, num_shares: i
             count_share(directory, work, ids, held_ids=bounds.held_ids, tuning=tuning),
             scan_share(directory, work, values, tuning=tuning),
             count_indexes(directory, work, indexes),
-            compare_fingerprints(directory, work, fingerprints, piece_bytes=tuning.fingerprint_bytes),
+            compare_fingerprints(directory, work, fingerprints, tuning=tuning),
         )
 
-    indexed, fingerprinted = cut_indexes(work)[2], cut_fingerprints(work)[3]
+    indexed, fingerprinted = cut_indexes(work)[2], cut_fingerprints(work, tuning.verified_fingerprints)[3]
     files = cut_files(work, chunk_bytes=tuning.chunk_bytes)[2]
     ids = cut_ids(work, bounds.held_ids, tuning.verified_ids)[2]
     values = cut_values(work, tuning.value_bytes)[2]

@@ -22,8 +22,8 @@ class Recorded(Tuning):
         return super().__getattribute__(name)
 
 
-OF_VERIFY = {"verified_ids", "compared_ids", "value_bytes", "scan_bytes", "json_bytes"}
-OF_BOTH = {"run_rows", "held_ids", "chunk_bytes", "fingerprint_bytes"}
+OF_VERIFY = {"verified_ids", "compared_ids", "value_bytes", "scan_bytes", "json_bytes", "verified_fingerprints"}
+OF_BOTH = {"run_rows", "held_ids", "chunk_bytes", "fingerprint_bytes", "fingerprint_rows"}
 
 
 def test_every_number_is_read_from_what_is_passed(tmp_path: Path) -> None:
