@@ -23,7 +23,14 @@ from dist_export.checkpoint.recis.plain_tables import find_state_tables, note_st
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.config.prune_rules import ALLOW_LIST, parse_rules
-from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import (
+    CheckpointTensors,
+    ChosenTables,
+    KeptSlots,
+    OpenedTables,
+    PlannedTables,
+    PrunedRows,
+)
 from dist_export.delta.same_rows import BaseRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
@@ -91,7 +98,7 @@ def open_checkpoint(
     return read_metadata(ranks, lambda: open_reader(directory, asked=asked, settings=settings))
 
 
-def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> TensorSettings:
+def tensor_settings_of(config: CheckpointTensors, weights: ModelWeights | None) -> TensorSettings:
     """Return what the settings say of the tensors of a checkpoint, and the model, where one is exported."""
     return TensorSettings(
         treat_as_tables=tuple(config.treat_as_tables),
@@ -156,7 +163,7 @@ def _blame_export(work: Callable[[], T]) -> T:
 def open_tables(
     ranks: Ranks,
     directory: Directory,
-    config: ExportConfig,
+    config: OpenedTables,
     find_model_dims: Callable[[], Mapping[str, Collection[int]]] = dict,
     weights: ModelWeights | None = None,
 ) -> Checkpoint:
@@ -192,7 +199,7 @@ def _add_state_tables(ranks: Ranks, checkpoint: Checkpoint, weights: ModelWeight
     return ranks.check("put the tables together", lambda: join_checkpoints(checkpoint, state, kind=RECIS))
 
 
-def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
+def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ChosenTables) -> Checkpoint:
     """Return the source as what follows sees it. All ranks."""
     asked = TableSettings(
         select=config.select_tables,
@@ -208,7 +215,7 @@ def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) ->
 
 
 def choose(
-    checkpoint: Checkpoint, config: ExportConfig, world_size: int
+    checkpoint: Checkpoint, config: KeptSlots, world_size: int
 ) -> tuple[Selection, tuple[Targets, ...], int | None]:
     """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
     if not config.filter_sparse_opt:
@@ -233,7 +240,7 @@ def choose(
 def plan_sparse(
     ranks: Ranks,
     checkpoint: Checkpoint,
-    config: ExportConfig,
+    config: PlannedTables,
     *,
     world_size: int,
     base: Package | None = None,
@@ -325,7 +332,7 @@ def describe_row_indexed_tables(plan: SparsePlan) -> list[str]:
     return [f"{what} ({told}); for a server that reads hash tables alone set to_hash_tables"]
 
 
-def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
+def read_pruning(checkpoint: Checkpoint, config: PrunedRows) -> Pruning:
     """Read the files that ``prune`` names, and say which rule applies to which table. Every rank for itself."""
     lists: dict[str, IdList] = {}
     room = config.max_memory_bytes // _LISTS_SHARE
