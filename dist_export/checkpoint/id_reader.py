@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from dist_export.checkpoint.metadata import FIRST_MADE, Checkpoint, MadeColumn
-from dist_export.ids.columns import RUN_ROWS, IdRun, Readers, read_runs
+from dist_export.ids.columns import IdRun, Readers, read_runs
 from dist_export.ids.thread_cache import HeldValues
 from dist_export.storage.range_reader import OpenReaders, RangeReader
+from dist_export.tuning import STANDARD
 
 _COLUMNS: HeldValues[np.ndarray] = HeldValues()
 """Columns of ids that are made."""
@@ -67,7 +68,9 @@ def first_source_of(checkpoint: Checkpoint, part: int) -> str:
     return checkpoint.directory.describe(checkpoint.files[number].name)
 
 
-def read_id_runs(checkpoint: Checkpoint, readers: Readers, parts: np.ndarray) -> Iterator[IdRun]:
+def read_id_runs(
+    checkpoint: Checkpoint, readers: Readers, parts: np.ndarray, *, run_rows: int = STANDARD.run_rows
+) -> Iterator[IdRun]:
     """Yield the ids of parts (int64) in runs, whose ``blocks`` count in ``parts``.
 
     Where no ids are stored, these are the numbers of the rows.
@@ -76,18 +79,18 @@ def read_id_runs(checkpoint: Checkpoint, readers: Readers, parts: np.ndarray) ->
     stored = np.flatnonzero(has_ids)
     held = parts[stored]
     file, offset = checkpoint.blocks.file[held, 0], checkpoint.blocks.offset[held, 0]
-    for run in read_runs(readers, file, offset, checkpoint.parts.rows[held]):
+    for run in read_runs(readers, file, offset, checkpoint.parts.rows[held], run_rows=run_rows):
         yield run._replace(blocks=stored[run.blocks])
     for place in np.flatnonzero(~has_ids).tolist():
         part = int(parts[place])
         rows, first_number = int(checkpoint.parts.rows[part]), checkpoint.parts.first_row_of(part)
-        for first in range(0, rows, RUN_ROWS):
-            ids = np.arange(first_number + first, first_number + min(first + RUN_ROWS, rows))
+        for first in range(0, rows, run_rows):
+            ids = np.arange(first_number + first, first_number + min(first + run_rows, rows))
             yield IdRun(ids, np.array([place]), np.zeros(1, np.int64), first)
 
 
-def read_ids(checkpoint: Checkpoint, part: int) -> Iterator[np.ndarray]:
+def read_ids(checkpoint: Checkpoint, part: int, *, run_rows: int = STANDARD.run_rows) -> Iterator[np.ndarray]:
     """Yield the ids of a part in runs, as int64 arrays over one reused buffer."""
     with open_sources(checkpoint) as readers:
-        for run in read_id_runs(checkpoint, readers, np.array([part], np.int64)):
+        for run in read_id_runs(checkpoint, readers, np.array([part], np.int64), run_rows=run_rows):
             yield run.ids

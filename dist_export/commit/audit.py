@@ -19,6 +19,7 @@ from dist_export.plan.dropped_rows import account_for
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
+from dist_export.tuning import STANDARD
 from dist_export.workdir.presence import refusal_of
 
 
@@ -43,7 +44,14 @@ class Audit(NamedTuple):
     """The row indexes that were written for these files."""
 
 
-def audit_files(plan: SparsePlan, target: Directory, numbers: range, open_indexes: OpenIndexes | None = None) -> Audit:
+def audit_files(
+    plan: SparsePlan,
+    target: Directory,
+    numbers: range,
+    open_indexes: OpenIndexes | None = None,
+    *,
+    run_rows: int = STANDARD.run_rows,
+) -> Audit:
     """Read back headers and id columns of these output files, and return rows and ids by table.
 
     Any rank, for its share of the files. No collective. With ``open_indexes``, the row indexes are written from the ids.
@@ -75,7 +83,8 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range, open_indexe
         chosen = np.flatnonzero((blocks.column == 0) & np.isin(blocks.file, mine))
         rows_of_table = np.zeros(len(plan.checkpoint.tables), np.int64)
         sum_of_table = np.zeros(len(plan.checkpoint.tables), np.uint64)
-        for run in read_runs(readers, blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]):
+        columns = blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]
+        for run in read_runs(readers, *columns, run_rows=run_rows):
             held = chosen[run.blocks]
             id_sums = _check_slices(plan, target, held, run)
             if indexes is not None:

@@ -58,6 +58,7 @@ from dist_export.plan.prune_report import count_by_rule
 from dist_export.plan.selection import BY_TRAINER
 from dist_export.redact import redact_text
 from dist_export.storage.directory import Directory
+from dist_export.tuning import STANDARD
 from dist_export.workdir.state import begin_commit
 
 if TYPE_CHECKING:
@@ -259,7 +260,12 @@ def describe_dense_tensors(
 
 
 def write_small_files(
-    target: Directory, files: Mapping[str, bytes], *, digest: str = XXH3, keep: frozenset[str] = frozenset()
+    target: Directory,
+    files: Mapping[str, bytes],
+    *,
+    digest: str = XXH3,
+    keep: frozenset[str] = frozenset(),
+    chunk_bytes: int = STANDARD.chunk_bytes,
 ) -> list[FileEntry]:
     """Write files in the given order, and return their entries. Files in ``keep`` are not written if they already exist.
 
@@ -275,7 +281,8 @@ def write_small_files(
                 target.write_again(name, original, data)
             else:
                 target.write(name, data)
-        entries.append(FileEntry(path=name, num_bytes=len(data), digest=digest_bytes(data, algorithm)))
+        found = digest_bytes(data, algorithm, chunk_bytes=chunk_bytes)
+        entries.append(FileEntry(path=name, num_bytes=len(data), digest=found))
     return entries
 
 

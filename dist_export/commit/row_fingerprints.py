@@ -16,7 +16,6 @@ from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_fingerprints import (
     FINGERPRINT,
     MAGIC,
-    PIECE_BYTES,
     Fingerprinter,
     PartSlots,
     Piece,
@@ -30,6 +29,7 @@ from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
 from dist_export.storage.staging import Staging
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.workdir.state import Receipt
 
 
@@ -83,7 +83,16 @@ def _find_parts(plan: SparsePlan, table: int, numbers: Collection[int]) -> list[
 class FingerprintWriter:
     """Writes the row fingerprints of some shards. One for each thread; no collective."""
 
-    def __init__(self, plan: SparsePlan, target: Directory, *, window_bytes: int, digest: str, in_place: bool) -> None:
+    def __init__(
+        self,
+        plan: SparsePlan,
+        target: Directory,
+        *,
+        window_bytes: int,
+        digest: str,
+        in_place: bool,
+        tuning: Tuning = STANDARD,
+    ) -> None:
         """Prepare to write.
 
         Args:
@@ -92,12 +101,15 @@ class FingerprintWriter:
             window_bytes: how many bytes of rows may be read from a store at once.
             digest: the algorithm of the digests; xxh3 if it is ``none``.
             in_place: whether the directory is a checkpoint, in which nothing but the package's files is written.
+            tuning: how much is read from a disk at once, and the chunks of digests.
         """
         self._plan = plan
         self._target = target
-        self._piece_bytes = PIECE_BYTES if target.is_local else window_bytes
+        self._piece_bytes = tuning.fingerprint_bytes if target.is_local else window_bytes
         self._digest = XXH3 if digest == NONE else digest
         self._in_place = in_place
+        self._chunk_bytes = tuning.chunk_bytes
+        self._piece_rows = tuning.fingerprint_rows
 
     def write(self, numbers: Collection[int]) -> list[FileEntry]:
         """Write the files beside these shards, and return their entries. A file that an interrupted export finished stays."""
@@ -108,7 +120,14 @@ class FingerprintWriter:
             OpenReaders(lambda number: target.open_reader(plan.files[number].name)) as readers,
         ):
             receipts = [
-                find_finished(target, plan, its.name, digest=self._digest, in_place=self._in_place)
+                find_finished(
+                    target,
+                    plan,
+                    its.name,
+                    digest=self._digest,
+                    in_place=self._in_place,
+                    chunk_bytes=self._chunk_bytes,
+                )
                 or self._write(its, staging, readers)
                 for its in planned.values()
             ]
@@ -122,7 +141,7 @@ class FingerprintWriter:
             end = len(MAGIC)
             pieces = [Piece(place, 0, part.num_rows) for place, part in enumerate(planned.parts)]
             fingerprinter = Fingerprinter(planned.parts, lambda file, ranges: readers[file].read_many(ranges))
-            for group in group_pieces(pieces, planned.parts, self._piece_bytes):
+            for group in group_pieces(pieces, planned.parts, self._piece_bytes, most_rows=self._piece_rows):
                 for piece, fingerprints in zip(group, fingerprinter.compute(group), strict=True):
                     gap = bytes(planned.offsets[piece.part] + piece.first_row * FINGERPRINT.itemsize - end)
                     for data in (memoryview(gap), fingerprints.astype(FINGERPRINT, copy=False).data.cast("B")):
@@ -130,7 +149,14 @@ class FingerprintWriter:
                         staged.write(data, end)
                         end += len(data)
             staged.expect(0, end, hasher.digest())
-            return staged.publish(self._target, self._plan, num_bytes=end, digest=self._digest, in_place=self._in_place)
+            return staged.publish(
+                self._target,
+                self._plan,
+                num_bytes=end,
+                digest=self._digest,
+                in_place=self._in_place,
+                chunk_bytes=self._chunk_bytes,
+            )
         finally:
             staged.abandon()
 

@@ -29,6 +29,7 @@ from dist_export.manifest import FileEntry, RowIndexEntry, TableEntry
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.staging import Staging
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.workdir.state import Receipt
 
 _HASHES = 1 << 32
@@ -56,7 +57,15 @@ class RowIndexWriter:
     """
 
     def __init__(
-        self, plan: SparsePlan, target: Directory, readers: Readers, *, held_ids: int, digest: str, in_place: bool
+        self,
+        plan: SparsePlan,
+        target: Directory,
+        readers: Readers,
+        *,
+        held_ids: int,
+        digest: str,
+        in_place: bool,
+        tuning: Tuning = STANDARD,
     ) -> None:
         """Prepare to write.
 
@@ -67,6 +76,7 @@ class RowIndexWriter:
             held_ids: how many keys of 8 bytes may be held at once.
             digest: the algorithm of the digests; xxh3 if it is ``none``.
             in_place: whether the directory is a checkpoint, in which nothing but the package's files is written.
+            tuning: the sizes of runs of ids and of the chunks of digests.
         """
         self._plan = plan
         self._target = target
@@ -74,6 +84,7 @@ class RowIndexWriter:
         self._held_ids = held_ids
         self._digest = XXH3 if digest == NONE else digest
         self._in_place = in_place
+        self._tuning = tuning
         self._staging = Staging(target)
         self._written: list[WrittenIndex] = []
         self._reused: set[int] = set()
@@ -84,7 +95,14 @@ class RowIndexWriter:
     def begin(self, number: int) -> None:
         """Take over the row indexes of a shard that an interrupted export has finished."""
         name = index_name(self._plan.files[number].name)
-        receipt = find_finished(self._target, self._plan, name, digest=self._digest, in_place=self._in_place)
+        receipt = find_finished(
+            self._target,
+            self._plan,
+            name,
+            digest=self._digest,
+            in_place=self._in_place,
+            chunk_bytes=self._tuning.chunk_bytes,
+        )
         if receipt is not None:
             self._reused.add(number)
             self._note(receipt)
@@ -195,7 +213,8 @@ class RowIndexWriter:
         """Return the sorted keys whose hash is from ``low`` to below ``high``; None if they do not fit in memory."""
         blocks, chosen = self._plan.blocks, np.array([block])
         held, filled = self._reserve(self._held_ids), 0
-        for run in read_runs(self._readers, blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]):
+        columns = blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]
+        for run in read_runs(self._readers, *columns, run_rows=self._tuning.run_rows):
             keys = encode_keys(run.ids, run.first_row, seed)
             hashed = keys >> np.uint64(32)
             keys = keys[(hashed >= low) & (hashed < high)]
@@ -218,6 +237,7 @@ class RowIndexWriter:
             digest=self._digest,
             in_place=self._in_place,
             row_indexes=self._entries,
+            chunk_bytes=self._tuning.chunk_bytes,
         )
         self._staged, self._file = None, -1
         self._note(receipt)

@@ -16,6 +16,7 @@ from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.directory import Directory, digest_file, pieces_of
 from dist_export.storage.local_io import close_quietly, naming_any, refuse_zero
 from dist_export.storage.staging import Staging
+from dist_export.tuning import STANDARD
 from dist_export.workdir.state import Receipt, read_receipt, write_receipt
 
 
@@ -53,6 +54,7 @@ class StagedFile:
         digest: str,
         in_place: bool,
         row_indexes: Mapping[str, RowIndexEntry | None] | None = None,
+        chunk_bytes: int = STANDARD.chunk_bytes,
     ) -> Receipt:
         """Read the file back, and give it its name. Return its receipt, which is also written except ``in_place``.
 
@@ -66,7 +68,7 @@ class StagedFile:
             self._fd = -1
             os.close(fd)
         try:
-            found = self._read_back(target, num_bytes, digest)
+            found = self._read_back(target, num_bytes, digest, chunk_bytes)
         except BaseException:
             self._staging.remove(self.name)
             raise
@@ -86,7 +88,7 @@ class StagedFile:
             with contextlib.suppress(OSError):  # why it is unfinished is what the user must see
                 self._staging.remove(self.name)
 
-    def _read_back(self, target: Directory, num_bytes: int, algorithm: str) -> str:
+    def _read_back(self, target: Directory, num_bytes: int, algorithm: str, chunk_bytes: int) -> str:
         """Return the digest of the file, which must hold what was written. CommitError if the disk has changed it."""
         with contextlib.closing(self._staging.open_reader(self.name)) as reader:
             for begin, length, expected in self._sums:
@@ -95,7 +97,7 @@ class StagedFile:
                         f"{target.describe(self.name)}: what was read back is not what was written. No manifest was "
                         "written, so there is no package; check the disk and run the export again"
                     )
-            return digest_pieces(pieces_of(reader, num_bytes), algorithm)
+            return digest_pieces(pieces_of(reader, num_bytes), algorithm, chunk_bytes=chunk_bytes)
 
 
 def hash_bytes(data: bytes) -> bytes:
@@ -103,10 +105,20 @@ def hash_bytes(data: bytes) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def find_finished(target: Directory, plan: SparsePlan, name: str, *, digest: str, in_place: bool) -> Receipt | None:
+def find_finished(
+    target: Directory,
+    plan: SparsePlan,
+    name: str,
+    *,
+    digest: str,
+    in_place: bool,
+    chunk_bytes: int = STANDARD.chunk_bytes,
+) -> Receipt | None:
     """Return the receipt of a file that an interrupted export of this plan has finished, if the file is still whole."""
     receipt = None if in_place else read_receipt(target, name)
     if receipt is None or receipt.plan != plan.digest or not target.exists(name):
         return None
-    is_whole = target.stat(name).size == receipt.num_bytes and digest_file(target, name, digest) == receipt.digest
+    if target.stat(name).size != receipt.num_bytes:
+        return None
+    is_whole = digest_file(target, name, digest, chunk_bytes=chunk_bytes) == receipt.digest
     return receipt if is_whole else None

@@ -1,6 +1,7 @@
 """What each room needs of the settings. ``ExportConfig`` has all of it; a function states the least that it reads.
 
 A room outside of the pipeline takes one of these and not the whole, so that what a setting can change is seen from the types.
+:mod:`~dist_export.config.source_needs` has those of opening a source and planning its tables.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ from dist_export.package.reader import Package
 from dist_export.package.served_table import ServedTable
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.workdir.state import Receipt, write_receipt
-
-_RUN_ROWS = 1 << 20
 
 Seen = Mapping[tuple[int, int], np.ndarray]
 """(table of the source, number of a served part of the base) -> one bit a row of that part (uint8): whether the source has its
@@ -94,7 +93,14 @@ def _list_shards(base: Package) -> list[str]:
     return sorted({part.file for its in base.layers for table in its.manifest.tables for part in table.parts})
 
 
-def write_deleted(target: Directory, tables: Mapping[int, ServedTable], seen: Seen, *, digest: str) -> list[WrittenIds]:
+def write_deleted(
+    target: Directory,
+    tables: Mapping[int, ServedTable],
+    seen: Seen,
+    *,
+    digest: str,
+    tuning: Tuning = STANDARD,
+) -> list[WrittenIds]:
     """Write the ids of these parts that were not found, a file for each name of a shard that has some. Any rank.
 
     ``tables`` as :func:`share_seen` takes it; ``seen`` as it returns it.
@@ -105,7 +111,7 @@ def write_deleted(target: Directory, tables: Mapping[int, ServedTable], seen: Se
     for table, number in sorted(seen):
         by_shard.setdefault(tables[table].parts[number].entry.file, []).append((table, number))
     for shard, keys in sorted(by_shard.items()):
-        lost = {key: ids for key in keys if len(ids := _list_ids(tables[key[0]], key[1], seen[key]))}
+        lost = {key: ids for key in keys if len(ids := _list_ids(tables[key[0]], key[1], seen[key], tuning.base_rows))}
         if not lost:
             continue
         name = deleted_name(shard)
@@ -115,18 +121,20 @@ def write_deleted(target: Directory, tables: Mapping[int, ServedTable], seen: Se
         entries: dict[int, list[DeletedIdsEntry]] = {}
         for ((table, _), ids), offset in zip(lost.items(), offsets, strict=True):
             entries.setdefault(table, []).append(DeletedIdsEntry(file=name, offset=offset, ids=len(ids)))
-        file = FileEntry(path=name, num_bytes=len(content), digest=digest_bytes(content, algorithm))
+        file = FileEntry(
+            path=name, num_bytes=len(content), digest=digest_bytes(content, algorithm, chunk_bytes=tuning.chunk_bytes)
+        )
         written.append(WrittenIds(file, entries))
     return written
 
 
-def _list_ids(table: ServedTable, number: int, bits: np.ndarray) -> np.ndarray:
+def _list_ids(table: ServedTable, number: int, bits: np.ndarray, run_rows: int) -> np.ndarray:
     """Return the ids of a part whose rows are served and whose bits are not set (int64), in ascending order."""
     num_rows = table.parts[number].entry.rows
     lost = np.flatnonzero(np.unpackbits(bits, count=num_rows) == 0)
     found = [lost[:0]]
-    for first in range(0, num_rows, _RUN_ROWS):
-        last = min(first + _RUN_ROWS, num_rows)
+    for first in range(0, num_rows, run_rows):
+        last = min(first + run_rows, num_rows)
         low, high = np.searchsorted(lost, [first, last]).tolist()
         if low < high:
             ids, is_served = table.read_ids(number, first, last)

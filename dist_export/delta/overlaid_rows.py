@@ -30,7 +30,14 @@ class OverlaidRows(RangeReader):
     """Row 0 begins at byte 0, and rows follow each other. Any thread."""
 
     def __init__(
-        self, where: str, base: SlotReader, runs: list[BaseRun], deltas: Sequence[SlotReader], *, row_bytes: int
+        self,
+        where: str,
+        base: SlotReader,
+        runs: list[BaseRun],
+        deltas: Sequence[SlotReader],
+        *,
+        row_bytes: int,
+        piece_bytes: int = _PIECE_BYTES,
     ) -> None:
         """Read nothing yet.
 
@@ -40,21 +47,23 @@ class OverlaidRows(RangeReader):
             runs: all its rows, in their order.
             deltas: the last one first.
             row_bytes: of a row.
+            piece_bytes: of rows that are read at once.
         """
         self.where = where
         self._base = base
         self._runs = runs
         self._deltas = deltas
         self._row_bytes = row_bytes
+        self._step = max(1, piece_bytes // max(row_bytes, 1))
 
     def _fill(self, view: memoryview, offset: int) -> None:
         if not len(view):
             return
         target = np.frombuffer(view, np.uint8)
-        step, end = max(1, _PIECE_BYTES // self._row_bytes), offset + len(target)
+        end = offset + len(target)
         first, last = offset // self._row_bytes, -(-end // self._row_bytes)
-        for begin in range(first, last, step):
-            rows = self._read(begin, min(begin + step, last)).reshape(-1)
+        for begin in range(first, last, self._step):
+            rows = self._read(begin, min(begin + self._step, last)).reshape(-1)
             at = begin * self._row_bytes
             low, high = max(offset, at), min(end, at + len(rows))
             target[low - offset : high - offset] = rows[low - at : high - at]

@@ -21,9 +21,7 @@ from dist_export.package.row_fingerprints import PartFingerprints
 from dist_export.package.served_table import ServedTable, estimate_bytes
 from dist_export.plan.casts import cast_of
 from dist_export.plan.selection import Selection
-
-_PIECE_BYTES = 2 << 20
-"""Bytes of a slot, as they are written, that are compared at once."""
+from dist_export.tuning import STANDARD
 
 
 class Compared(NamedTuple):
@@ -91,6 +89,7 @@ class BaseRows:
         is_exact: bool,
         ignored: Sequence[str] = (),
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+        piece_bytes: int = STANDARD.compared_bytes,
     ) -> None:
         """Prepare to compare; no row is read yet.
 
@@ -102,12 +101,14 @@ class BaseRows:
             ignored: slots that are not compared.
             dropped_in: (part, first row, number of rows) -> those that are dropped (int64, from the first row on), and so are
                 not compared; None if no row is.
+            piece_bytes: bytes of a slot, as they are written, that are compared at once.
         """
         self._checkpoint = checkpoint
         self._base = base
         self._is_exact = is_exact
         self._fingerprints: dict[tuple[int, int], PartFingerprints | None] = {}
         self._dropped_in = dropped_in
+        self._piece_bytes = piece_bytes
         self.ignored = find_ignored(selection, ignored)
         """By table, which of its slots are not compared."""
         slots_of = [self._list_slots(table, selection) for table in range(len(checkpoint.tables))]
@@ -183,7 +184,7 @@ class BaseRows:
         table = int(self._checkpoint.parts.table[part])
         slots = self._slots[table]
         widest = max([1, *(max(slot.stored_bytes, slot.written_bytes) for slot in slots)])
-        step = max(1, _PIECE_BYTES // widest)
+        step = max(1, self._piece_bytes // widest)
         is_same = np.zeros(len(ids), bool)
         total = Compared()
         for begin in range(0, len(ids), step):

@@ -74,12 +74,17 @@ class OutputDrift:
         )
 
 
-def count_pairs(one: np.ndarray, other: np.ndarray) -> tuple[int, int]:
+_VALUES = 1 << 15
+"""That are counted at once: what numpy makes of them stays in a core's cache."""
+
+
+def count_pairs(one: np.ndarray, other: np.ndarray, *, most_values: int = _VALUES) -> tuple[int, int]:
     """Return how many pairs of rows within a column differ on both sides, and of how many of these the order is another one.
 
     Args:
         one: float64, (rows, columns) or (rows,); NaN has no order.
         other: the same of the other side.
+        most_values: how many are counted at once.
 
     O(n log n) a column: sorted by the first side, a pair is swapped where the second side has an inversion (W. R. Knight, 1966).
     Many columns go in one call of numpy.
@@ -88,16 +93,12 @@ def count_pairs(one: np.ndarray, other: np.ndarray) -> tuple[int, int]:
         return 0, 0
     sides = [side.reshape(len(side), -1).T for side in (one, other)]
     num_columns, num_rows = sides[0].shape
-    step = max(1, _VALUES // max(1, num_rows))
+    step = max(1, most_values // max(1, num_rows))
     pairs, swapped = 0, 0
     for first in range(0, num_columns, step):
         found = _count_columns(*(side[first : first + step] for side in sides))
         pairs, swapped = pairs + found[0], swapped + found[1]
     return pairs, swapped
-
-
-_VALUES = 1 << 15
-"""That are counted at once: what numpy makes of them stays in a core's cache."""
 
 
 def _count_columns(one: np.ndarray, other: np.ndarray) -> tuple[int, int]:

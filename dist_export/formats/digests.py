@@ -14,9 +14,7 @@ from typing import Protocol, cast
 import xxhash
 
 from dist_export.errors import PackageError
-
-CHUNK_BYTES = 64 << 20
-"""A file's digest is built from the digests of its chunks of this size."""
+from dist_export.tuning import STANDARD
 
 XXH3 = "xxh3"
 SHA256 = "sha256"
@@ -69,7 +67,9 @@ def algorithm_of(digest: str) -> str:
     return digest.partition(":")[0] if digest else NONE
 
 
-def hash_chunks(pieces: Iterable[memoryview], algorithm: str) -> list[bytes]:
+def hash_chunks(
+    pieces: Iterable[memoryview], algorithm: str, *, chunk_bytes: int = STANDARD.chunk_bytes
+) -> list[bytes]:
     """Return the digest of each chunk. ``pieces`` cover a chunk-aligned range in order; they may have any length.
 
     Returns at least one digest: without any bytes, the digest of no bytes.
@@ -77,18 +77,18 @@ def hash_chunks(pieces: Iterable[memoryview], algorithm: str) -> list[bytes]:
     new = start_hash(algorithm)
     digests: list[bytes] = []
     hasher = new()
-    room = CHUNK_BYTES
+    room = chunk_bytes
     for whole in pieces:
         piece = whole
         while len(piece) >= room:
             hasher.update(piece[:room])
             digests.append(hasher.digest())
             hasher = new()
-            piece, room = piece[room:], CHUNK_BYTES
+            piece, room = piece[room:], chunk_bytes
         if len(piece):
             hasher.update(piece)
             room -= len(piece)
-    if room < CHUNK_BYTES or not digests:
+    if room < chunk_bytes or not digests:
         digests.append(hasher.digest())
     return digests
 
@@ -113,14 +113,14 @@ def root_digest(chunk_digests: Iterable[bytes], algorithm: str = XXH3) -> str:
     return f"{algorithm}:{hasher.digest().hex()}"
 
 
-def digest_pieces(pieces: Iterable[memoryview], algorithm: str) -> str:
+def digest_pieces(pieces: Iterable[memoryview], algorithm: str, *, chunk_bytes: int = STANDARD.chunk_bytes) -> str:
     """Return the digest of a whole file that comes in pieces."""
-    return root_digest(hash_chunks(pieces, algorithm), algorithm)
+    return root_digest(hash_chunks(pieces, algorithm, chunk_bytes=chunk_bytes), algorithm)
 
 
-def digest_bytes(data: bytes, algorithm: str = XXH3) -> str:
+def digest_bytes(data: bytes, algorithm: str = XXH3, *, chunk_bytes: int = STANDARD.chunk_bytes) -> str:
     """Return the digest of a file's whole content."""
-    return digest_pieces(_whole(data), algorithm)
+    return digest_pieces(_whole(data), algorithm, chunk_bytes=chunk_bytes)
 
 
 def _whole(data: bytes) -> Iterator[memoryview]:

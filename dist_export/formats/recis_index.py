@@ -14,6 +14,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.interning import Numbering
 from dist_export.formats.recis import INDEX, TENSORKEY, Slice, is_payload_name, parse_slice
 from dist_export.formats.strict_json import KeyTwiceError, decode_canonical, decode_object, read_members, show
+from dist_export.tuning import STANDARD
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -72,7 +73,9 @@ _INDEX_DECODER = msgspec.json.Decoder(_Index)
 _TENSORKEY_DECODER = msgspec.json.Decoder(dict[str, str])
 
 
-def decode_indexes(raw_index: bytes, raw_tensorkey: bytes, *, where: str) -> Indexes:
+def decode_indexes(
+    raw_index: bytes, raw_tensorkey: bytes, *, where: str, piece_bytes: int = STANDARD.json_bytes
+) -> Indexes:
     """Decode both files of the directory ``where``.
 
     Raises:
@@ -108,6 +111,7 @@ def decode_indexes(raw_index: bytes, raw_tensorkey: bytes, *, where: str) -> Ind
         _TENSORKEY_DECODER,
         lambda pieces: _match_tensorkey(keys, blocks, file, tuple(files), pieces, where),
         what=f"{where}/{TENSORKEY}",
+        piece_bytes=piece_bytes,
     )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.kernels.selection import select_kernels
+from dist_export.tuning import STANDARD
 
 SUFFIX = ".row_fingerprints"
 """Ends the name of the file that holds the row fingerprints of one shard."""
@@ -20,10 +21,6 @@ ALIGNMENT = 64
 """The fingerprints of each part begin at a multiple of this many bytes. The first begin at byte 64."""
 FINGERPRINT = np.dtype("<u8")
 
-PIECE_BYTES = 1 << 20
-"""Bytes of rows that are read from a disk at once. They stay in a core's cache until their fingerprints are computed."""
-_MOST_ROWS = 1 << 17
-"""Narrow rows have more bytes of fingerprints than of slots."""
 
 ReadMany = Callable[[int, Sequence[tuple[memoryview, int]]], None]
 """Fills views from a file (by number), each from its own byte on."""
@@ -83,8 +80,10 @@ def find_fault(*, offset: int, num_rows: int, file_size: int) -> str | None:
     return None
 
 
-def group_pieces(pieces: Sequence[Piece], parts: Sequence[PartSlots], most_bytes: int) -> Iterator[list[Piece]]:
-    """Yield these pieces in groups of at most about ``most_bytes`` bytes of rows. Larger pieces are cut.
+def group_pieces(
+    pieces: Sequence[Piece], parts: Sequence[PartSlots], most_bytes: int, *, most_rows: int = STANDARD.fingerprint_rows
+) -> Iterator[list[Piece]]:
+    """Yield these pieces in groups of at most about ``most_bytes`` bytes and ``most_rows`` rows. Larger pieces are cut.
 
     A piece has one row at least, whatever its size.
     """
@@ -93,7 +92,7 @@ def group_pieces(pieces: Sequence[Piece], parts: Sequence[PartSlots], most_bytes
     for part, begin, rows in pieces:
         row_bytes, first, last = parts[part].row_bytes, begin, begin + rows
         while first < last:
-            fits = _MOST_ROWS - num_rows
+            fits = most_rows - num_rows
             fits = min(fits, (most_bytes - num_bytes) // row_bytes) if row_bytes else fits
             if fits < 1 and group:
                 yield group

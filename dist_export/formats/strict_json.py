@@ -14,12 +14,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from dist_export.errors import CheckpointError
+from dist_export.tuning import STANDARD
 
 T = TypeVar("T")
 Result = TypeVar("Result")
-
-_PIECE_BYTES = 4 << 20
-"""A long object is decoded in pieces of about this size, so that memory never holds a complete second copy of it."""
 
 _ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
@@ -74,6 +72,7 @@ def read_members(
     take: Callable[[Iterable[dict[str, Any]]], Result],
     *,
     what: str,
+    piece_bytes: int = STANDARD.json_bytes,
 ) -> Result:
     """Decode a JSON object as strictly as :func:`decode_object` does, in pieces, and return the result of ``take``.
 
@@ -82,20 +81,21 @@ def read_members(
             as plain values instead.
         take: gets the pieces, dicts of the members in their order. It may be called a second time, with one piece that
             holds all members. Raises KeyTwiceError for a key that two pieces have.
+        piece_bytes: the size of a piece, about.
 
     Raises:
         CheckpointError: beginning with ``what``.
     """
     try:
-        return take(_decode_pieces(raw, decoder, what))
+        return take(_decode_pieces(raw, decoder, what, piece_bytes))
     except KeyTwiceError:
         return take([_as_object(_decode_slowly(raw, what), what)])
 
 
 def _decode_pieces(
-    raw: bytes, decoder: msgspec.json.Decoder[dict[str, T]], what: str
+    raw: bytes, decoder: msgspec.json.Decoder[dict[str, T]], what: str, piece_bytes: int
 ) -> Iterator[dict[str, T] | dict[str, Any]]:
-    for piece in _split(raw):
+    for piece in _split(raw, piece_bytes):
         members = decode_canonical(piece, decoder)
         if members is not None:
             yield members
@@ -106,7 +106,7 @@ def _decode_pieces(
             raise KeyTwiceError from None  # decode the whole again, so that the message counts lines from its start
 
 
-def _split(raw: bytes) -> Iterator[bytes]:
+def _split(raw: bytes, piece_bytes: int) -> Iterator[bytes]:
     """Cut an object that is indented by four spaces into objects of its next members; any other stays whole.
 
     If each piece is a JSON object, ``raw`` is one too, and has exactly the members of the pieces.
@@ -114,13 +114,13 @@ def _split(raw: bytes) -> Iterator[bytes]:
     stop = len(raw)
     while stop and raw[stop - 1] in b" \n":
         stop -= 1
-    if stop <= _PIECE_BYTES or not raw.startswith(b'{\n    "') or not raw.endswith(b"\n}", 0, stop):
+    if stop <= piece_bytes or not raw.startswith(b'{\n    "') or not raw.endswith(b"\n}", 0, stop):
         yield raw
         return
     view = memoryview(raw)
     first, stop = 2, stop - 2
     while first < stop:
-        cut = raw.find(b',\n    "', first + _PIECE_BYTES, stop)
+        cut = raw.find(b',\n    "', first + piece_bytes, stop)
         last = cut if cut >= 0 else stop
         yield b"".join((b"{\n", view[first:last], b"\n}"))
         first = last + 2

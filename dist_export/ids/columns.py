@@ -10,9 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dist_export.storage.range_reader import RangeReader
-
-RUN_ROWS = 1 << 16
-"""A run has less than twice as many ids: data computed from 1 MiB of ids stays in a core's cache."""
+from dist_export.tuning import STANDARD
 
 ID_BYTES = 8
 
@@ -37,7 +35,14 @@ class IdRun(NamedTuple):
     first_row: int
 
 
-def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.ndarray) -> Iterator[IdRun]:
+def read_runs(
+    readers: Readers,
+    file: np.ndarray,
+    offset: np.ndarray,
+    rows: np.ndarray,
+    *,
+    run_rows: int = STANDARD.run_rows,
+) -> Iterator[IdRun]:
     """Yield the ids of blocks, ordered by file and position. Blocks without rows are left out.
 
     Args:
@@ -45,17 +50,18 @@ def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.n
         file: int64 (n,), the file of each block.
         offset: int64 (n,), its absolute position in bytes.
         rows: int64 (n,), its number of ids.
+        run_rows: a run has less than twice as many ids.
     """
     order = np.lexsort((offset, file))
     order = order[rows[order] > 0]
-    buffer = np.empty(min(2 * RUN_ROWS, int(rows[order].sum())), np.int64)
-    for blocks in _group(order, rows):
+    buffer = np.empty(min(2 * run_rows, int(rows[order].sum())), np.int64)
+    for blocks in _group(order, rows, run_rows):
         starts = np.cumsum(rows[blocks]) - rows[blocks]
         number, begin, total = file[blocks], offset[blocks], int(rows[blocks].sum())
         if len(blocks) == 1:
             with readers[int(number[0])].ahead(int(begin[0]), total * ID_BYTES) as stream:
-                for first in range(0, total, RUN_ROWS):
-                    ids = buffer[: min(RUN_ROWS, total - first)]
+                for first in range(0, total, run_rows):
+                    ids = buffer[: min(run_rows, total - first)]
                     stream.read_into(ids.data.cast("B"))
                     yield IdRun(ids, blocks, starts, first)
             continue
@@ -74,13 +80,13 @@ def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.n
         yield IdRun(ids, blocks, starts, 0)
 
 
-def _group(order: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Divide the blocks into groups of less than 2 * RUN_ROWS rows. A block with more than RUN_ROWS is a separate group."""
+def _group(order: np.ndarray, rows: np.ndarray, run_rows: int) -> list[np.ndarray]:
+    """Divide the blocks into groups of less than 2 * run_rows rows. A block with more than run_rows is a separate group."""
     if not len(order):
         return []
-    is_large = rows[order] > RUN_ROWS
+    is_large = rows[order] > run_rows
     small_rows = np.where(is_large, 0, rows[order])
     turn = 2 * np.cumsum(is_large) - is_large  # odd for a large block, even for the small ones that follow it
-    place = (np.cumsum(small_rows) - small_rows) // RUN_ROWS
+    place = (np.cumsum(small_rows) - small_rows) // run_rows
     edges = np.flatnonzero((np.diff(turn) != 0) | (np.diff(place) != 0)) + 1
     return np.split(order, edges)

@@ -14,13 +14,15 @@ _DEAL_IDS = 1 << 16
 class HeldIds:
     """Collects ids that arrive in runs. If there are many, they are divided into buckets of equal hash as they arrive."""
 
-    def __init__(self, capacity: int, *, kernels: Kernels | None = None) -> None:
+    def __init__(self, capacity: int, *, kernels: Kernels | None = None, deal_ids: int = _DEAL_IDS) -> None:
         """Allocate memory.
 
         Args:
             capacity: the most ids at a time; 8 bytes each are allocated once and reused.
             kernels: what searches them; by default the kernels of this process.
+            deal_ids: how many ids are divided into buckets at a time.
         """
+        self._deal_ids = deal_ids
         self._kernels = kernels or select_kernels()
         self._ids = np.empty(capacity, np.int64)
         self.expect(capacity)
@@ -41,7 +43,7 @@ class HeldIds:
             return False
         self._ids[self._count : end] = ids
         self._count = end
-        if self._bits and end - self._num_dealt >= _DEAL_IDS:
+        if self._bits and end - self._num_dealt >= self._deal_ids:
             self._deal()
         return True
 

@@ -26,7 +26,12 @@ _ID_BYTES = 8
 
 
 def read_id_list(
-    path: str, *, most_bytes: int, setting: str, storage_options: dict[str, Any] | None = None
+    path: str,
+    *,
+    most_bytes: int,
+    setting: str,
+    storage_options: dict[str, Any] | None = None,
+    piece_bytes: int = _PIECE_BYTES,
 ) -> np.ndarray:
     """Return the ids of a file (int64, sorted, without duplicates). Any rank, for itself.
 
@@ -37,6 +42,7 @@ def read_id_list(
         most_bytes: limit of the list, at 8 bytes per id; reading it takes as much memory again.
         setting: the setting that names the file, for messages.
         storage_options: for the file system of a URL.
+        piece_bytes: how much of npy and of text is read at once.
 
     Raises:
         ConfigError: the file cannot be read, or contains something other than ids.
@@ -57,11 +63,11 @@ def read_id_list(
             reader.read_into(memoryview(head), 0)
             room = _Room(where, most_bytes)
             if head.startswith(_NPY):
-                ids = _read_npy(reader, size, room)
+                ids = _read_npy(reader, size, room, piece_bytes)
             elif head.startswith(_PARQUET):
                 ids = _read_parquet(directory, name, room)
             else:
-                ids = _read_text(reader, size, room)
+                ids = _read_text(reader, size, room, piece_bytes)
         finally:
             reader.close()
     except OSError as error:
@@ -89,7 +95,7 @@ class _Room:
             )
 
 
-def _read_npy(reader: RangeReader, size: int, room: _Room) -> np.ndarray:
+def _read_npy(reader: RangeReader, size: int, room: _Room, piece_bytes: int) -> np.ndarray:
     head = bytearray(min(size, _MAX_HEADER_BYTES))
     reader.read_into(memoryview(head), 0)
     stream = io.BytesIO(head)
@@ -107,7 +113,7 @@ def _read_npy(reader: RangeReader, size: int, room: _Room) -> np.ndarray:
         raise ConfigError(f"{room.where} has {size:,} bytes, its header says {begin + count * dtype.itemsize:,}")
     room.take(count)
     ids = np.empty(count, np.int64)
-    step = _PIECE_BYTES // dtype.itemsize
+    step = piece_bytes // dtype.itemsize
     for first in range(0, count, step):
         piece = np.empty(min(step, count - first), dtype)
         reader.read_into(piece.view(np.uint8).data, begin + first * dtype.itemsize)
@@ -146,10 +152,10 @@ def _read_parquet(directory: Directory, name: str, room: _Room) -> np.ndarray:
     return ids[:filled]
 
 
-def _read_text(reader: RangeReader, size: int, room: _Room) -> np.ndarray:
+def _read_text(reader: RangeReader, size: int, room: _Room, piece_bytes: int) -> np.ndarray:
     pieces = [np.zeros(0, np.int64)]
     count = 0
-    for number, lines in _read_lines(reader, size, room.where):
+    for number, lines in _read_lines(reader, size, room.where, piece_bytes):
         ids = _parse(number, [line.strip() for line in lines], room.where)
         count += len(ids)
         room.take(count, is_all=False)
@@ -157,11 +163,11 @@ def _read_text(reader: RangeReader, size: int, room: _Room) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _read_lines(reader: RangeReader, size: int, where: str) -> Iterator[tuple[int, list[bytes]]]:
+def _read_lines(reader: RangeReader, size: int, where: str, piece_bytes: int) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the lines of a file, many at a time, each time with the number of the first line, counted from 1."""
     rest, number = b"", 1
-    for first in range(0, size, _PIECE_BYTES):
-        piece = bytearray(min(_PIECE_BYTES, size - first))
+    for first in range(0, size, piece_bytes):
+        piece = bytearray(min(piece_bytes, size - first))
         reader.read_into(memoryview(piece), first)
         *lines, rest = (rest + piece).split(b"\n")
         yield number, lines

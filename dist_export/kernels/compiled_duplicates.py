@@ -20,9 +20,18 @@ _MAX_BUCKET_BITS = 10
 class CompiledDuplicates(CompiledBase):
     """The twin of ``NumpyDuplicates``."""
 
-    def __init__(self, library: ctypes.CDLL, *, level: int, **settings: Any) -> None:
-        """See the base."""
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        *,
+        level: int,
+        direct_ids: int = _DIRECT_IDS,
+        bucket_ids: int = _BUCKET_IDS,
+        **settings: Any,
+    ) -> None:
+        """See the base. Sizes other than the default ones, of one table and of a bucket, are for tests."""
         super().__init__(library, level=level, **settings)
+        self._direct_ids, self._bucket_ids = direct_ids, bucket_ids
         self._has_duplicates = self._declare(
             "has_duplicates", [POINTER, POINTER, INT64, POINTER, POINTER, UINT64, INT, POINTER], INT
         )
@@ -47,7 +56,7 @@ class CompiledDuplicates(CompiledBase):
     def search(self, ids: np.ndarray, groups: np.ndarray | None) -> tuple[bool, int]:
         """Return whether there may be a duplicate, and how many ids all sweeps together had."""
         num_swept = np.zeros(1, np.int64)
-        if groups is None and len(ids) > _DIRECT_IDS:
+        if groups is None and len(ids) > self._direct_ids:
             dealt = np.empty(len(ids), np.int64)
             edges = self._deal_into(dealt, ids, self.count_bucket_bits(len(ids)))
             return self._search_dealt(dealt, edges[None], num_swept), int(num_swept[0])
@@ -65,9 +74,9 @@ class CompiledDuplicates(CompiledBase):
 
     def count_bucket_bits(self, num_ids: int) -> int:
         """See the protocol."""
-        if num_ids <= _DIRECT_IDS:
+        if num_ids <= self._direct_ids:
             return 0
-        return max(1, min(_MAX_BUCKET_BITS, (num_ids // _BUCKET_IDS).bit_length()))
+        return max(1, min(_MAX_BUCKET_BITS, (num_ids // self._bucket_ids).bit_length()))
 
     def deal_ids(self, ids: np.ndarray, bits: int) -> np.ndarray:
         """See the protocol."""

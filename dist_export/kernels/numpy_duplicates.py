@@ -32,11 +32,14 @@ _BUCKET_IDS = 1 << 17
 _MAX_BUCKET_BITS = 8
 
 
-def has_duplicates(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
-    """Return whether an int64 id is duplicate; with ``groups`` (int64, parallel), whether it is within one group."""
+def has_duplicates(ids: np.ndarray, groups: np.ndarray | None = None, *, few: int = _FEW) -> bool:
+    """Return whether an int64 id is duplicate; with ``groups`` (int64, parallel), whether it is within one group.
+
+    ``few``: up to so many ids are sorted.
+    """
     left = ids.view(np.uint64)
     for multiplier in _MULTIPLIERS:
-        if len(left) <= _FEW:
+        if len(left) <= few:
             break
         bits = (len(left) - 1).bit_length() + 1
         hashed = left * multiplier
@@ -67,15 +70,19 @@ def has_duplicates(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
 class NumpyDuplicates:
     """The twin of ``CompiledDuplicates``."""
 
+    def __init__(self, *, few: int = _FEW, direct_ids: int = _DIRECT_IDS, bucket_ids: int = _BUCKET_IDS) -> None:
+        """Take other sizes than the default ones: of what is sorted, of one table, and of a bucket. For tests."""
+        self._few, self._direct_ids, self._bucket_ids = few, direct_ids, bucket_ids
+
     def has_duplicates(self, ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
         """See the protocol."""
-        return has_duplicates(ids, groups)
+        return has_duplicates(ids, groups, few=self._few)
 
     def count_bucket_bits(self, num_ids: int) -> int:
         """See the protocol."""
-        if num_ids <= _DIRECT_IDS:
+        if num_ids <= self._direct_ids:
             return 0
-        return max(1, min(_MAX_BUCKET_BITS, (num_ids // _BUCKET_IDS).bit_length()))
+        return max(1, min(_MAX_BUCKET_BITS, (num_ids // self._bucket_ids).bit_length()))
 
     def deal_ids(self, ids: np.ndarray, bits: int) -> np.ndarray:
         """See the protocol."""
@@ -91,6 +98,6 @@ class NumpyDuplicates:
         """See the protocol."""
         for bucket in range(edges.shape[1] - 1):
             pieces = [ids[begin:end] for begin, end in edges[:, bucket : bucket + 2].tolist()]
-            if has_duplicates(np.concatenate(pieces)):
+            if has_duplicates(np.concatenate(pieces), few=self._few):
                 return True
         return False

@@ -35,15 +35,7 @@ class NumpyFingerprints:
         """See the protocol."""
         check_slot(state, rows)
         width = rows.shape[1]
-        step = min(_MOST_ROWS, max(_FEWEST_ROWS, _BLOCK_BYTES // width))
-        scratch = np.empty(min(step, len(rows)), np.uint64)
-        for first in range(0, len(rows), step):
-            mixed = state[first : first + step]
-            mixed ^= np.uint64(width)
-            _mix(mixed, scratch)
-            for words in _read_words(rows[first : first + step]):
-                mixed ^= words
-                _mix(mixed, scratch)
+        fold_blocks(state, rows, step=min(_MOST_ROWS, max(_FEWEST_ROWS, _BLOCK_BYTES // width)))
 
     def finish_fingerprints(self, state: np.ndarray) -> np.ndarray:
         """See the protocol."""
@@ -52,6 +44,19 @@ class NumpyFingerprints:
         _mix(mixed, scratch)
         mixed ^= np.right_shift(mixed, _HALF, out=scratch)
         return mixed
+
+
+def fold_blocks(state: np.ndarray, rows: np.ndarray, *, step: int) -> None:
+    """Fold a slot into the state of each row, ``step`` rows at once."""
+    width = np.uint64(rows.shape[1])
+    scratch = np.empty(min(step, len(rows)), np.uint64)
+    for first in range(0, len(rows), step):
+        mixed = state[first : first + step]
+        mixed ^= width
+        _mix(mixed, scratch)
+        for words in _read_words(rows[first : first + step]):
+            mixed ^= words
+            _mix(mixed, scratch)
 
 
 def check_slot(state: np.ndarray, rows: np.ndarray) -> None:

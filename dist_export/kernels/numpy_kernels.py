@@ -22,8 +22,9 @@ class NumpyKernels(
 ):
     """All kernels in numpy. It implements ``Kernels``."""
 
-    def __init__(self, reason: str = "") -> None:
-        """``reason``: why numpy is used, for people."""
+    def __init__(self, reason: str = "", **sizes: int) -> None:
+        """``reason``: why numpy is used, for people. ``sizes``: those of ``NumpyDuplicates``."""
+        super().__init__(**sizes)
         self._reason = reason
 
     @property

@@ -34,15 +34,16 @@ class RowSource(Protocol):
 class TensorRows:
     """A tensor of any device and strides; its bytes are those of its values, row after row."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         """``tensor``: of one dimension or more; what it holds is read when it is asked for."""
+        self._chunk_bytes = chunk_bytes
         self._tensor = tensor.detach()
         self.num_bytes = tensor.numel() * tensor.element_size()
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from byte ``offset`` on. Any thread."""
         if len(view):
-            copy_bytes(self._tensor, view, offset)
+            copy_bytes(self._tensor, view, offset, chunk_bytes=self._chunk_bytes)
 
 
 class FetchedRows:
@@ -112,10 +113,17 @@ class LookedUpRows:
     """Rows of RecIS's hash table, which are looked up by id in chunks: its ``embeddings()`` would copy the whole table."""
 
     def __init__(
-        self, lookup: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, device: torch.device, where: str
+        self,
+        lookup: Callable[[torch.Tensor], torch.Tensor],
+        ids: torch.Tensor,
+        device: torch.device,
+        where: str,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Look one row up, for the kind of the rows; ``ids`` (int64, on the CPU) has one at least."""
         self._lookup, self._ids, self._device, self._where = lookup, ids, device, where
+        self._chunk_bytes = chunk_bytes
         self._lock = threading.Lock()  # whether its lookup may run twice at once is the table's own business
         one = self._rows(0, 1)
         self.inner_shape = tuple(one.shape[1:])
@@ -128,7 +136,7 @@ class LookedUpRows:
         if not len(view):
             return
         first, last = offset // self._row_bytes, -(-(offset + len(view)) // self._row_bytes)
-        step = max(1, CHUNK_BYTES // self._row_bytes)
+        step = max(1, self._chunk_bytes // self._row_bytes)
         for begin in range(first, last, step):
             copy_overlap(self._rows(begin, min(begin + step, last)), begin * self._row_bytes, view, offset)
 
@@ -221,12 +229,12 @@ def copy_overlap(rows: torch.Tensor, begin: int, view: memoryview, offset: int) 
         copy_bytes(rows, view[first - offset : last - offset], first - begin)
 
 
-def copy_bytes(tensor: torch.Tensor, view: memoryview, offset: int) -> None:
+def copy_bytes(tensor: torch.Tensor, view: memoryview, offset: int, *, chunk_bytes: int = CHUNK_BYTES) -> None:
     """Fill ``view`` (at least one byte) with bytes of a tensor's values, row after row, from ``offset`` on."""
     if not tensor.is_contiguous():
         row_bytes = row_bytes_of(tensor)
         first, last = offset // row_bytes, -(-(offset + len(view)) // row_bytes)
-        step = max(1, CHUNK_BYTES // row_bytes)
+        step = max(1, chunk_bytes // row_bytes)
         for begin in range(first, last, step):
             copy_overlap(tensor[begin : min(begin + step, last)].contiguous(), begin * row_bytes, view, offset)
         return
@@ -235,20 +243,20 @@ def copy_bytes(tensor: torch.Tensor, view: memoryview, offset: int) -> None:
     if not flat.is_cuda:
         out.copy_(flat)  # also from devices that torch alone knows: they have no pinned memory
         return
-    _copy_from_gpu(flat, out)
+    _copy_from_gpu(flat, out, _pinned_buffers())
 
 
 _PINNED = threading.local()
 
 
-def _copy_from_gpu(flat: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy bytes off a GPU through two pinned buffers of this thread: while one is emptied, the other is filled."""
-    buffers = _pinned_buffers()
+def _copy_from_gpu(flat: torch.Tensor, out: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+    """Copy bytes off a GPU through two pinned buffers of one size: while one is emptied, the other is filled."""
+    chunk_bytes = len(buffers[0])
     with torch.cuda.device(flat.device):
         stream = torch.cuda.current_stream()  # behind whatever training still has to do
         pending: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event] | None = None
-        for turn, first in enumerate(range(0, len(flat), CHUNK_BYTES)):
-            piece = flat[first : first + CHUNK_BYTES]
+        for turn, first in enumerate(range(0, len(flat), chunk_bytes)):
+            piece = flat[first : first + chunk_bytes]
             pinned = buffers[turn % 2][: len(piece)]
             pinned.copy_(piece, non_blocking=True)
             done: torch.cuda.Event = torch.cuda.Event()
@@ -261,6 +269,7 @@ def _copy_from_gpu(flat: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _pinned_buffers() -> list[torch.Tensor]:
+    """Return the two buffers of this thread."""
     if getattr(_PINNED, "buffers", None) is None:
         _PINNED.buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     found: list[torch.Tensor] = _PINNED.buffers

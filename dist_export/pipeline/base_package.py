@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import BaseOfDelta, FittedBase
 from dist_export.config.sparse_settings import LATEST
 from dist_export.delta.mismatch import find_mismatch, row_indexed_in, state_of
 from dist_export.errors import CommitError, ConfigError, DistExportError, ExportError, PackageError, PlanError
@@ -53,7 +53,7 @@ class FoundBase(NamedTuple):
         }
 
 
-def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBase:
+def find_base(config: BaseOfDelta, registry_options: dict[str, Any]) -> FoundBase:
     """Find the package that a delta goes on top of. Rank 0.
 
     Raises:
@@ -64,7 +64,7 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
     try:
         uri = config.export_dir if config.base == LATEST else config.base
         directory = registries.resolve(uri, registry_options).directory
-        manifest = _read_manifest(directory, config)
+        manifest = _read_manifest(directory, config.options_of_target)
         if manifest.base is not msgspec.UNSET:
             directory, manifest = _choose_link(directory, manifest, config)
         if file := manifest.find_undigested():
@@ -81,12 +81,12 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
     return FoundBase(os.path.realpath(place.path) if place.is_local else directory, manifest.digest)
 
 
-def find_committed_base(export_dir: str, config: ExportConfig) -> FoundBase | None:
+def find_committed_base(export_dir: str, storage_options: dict[str, Any]) -> FoundBase | None:
     """Return the base of the package in ``export_dir``; None if there is no package. Rank 0.
 
     The same export again is of the same base, even if ``latest`` is another package by now.
     """
-    manifest = _read_committed(export_dir, config)
+    manifest = _read_committed(export_dir, storage_options)
     if manifest is None:
         return None
     if manifest.base is not msgspec.UNSET:
@@ -96,12 +96,12 @@ def find_committed_base(export_dir: str, config: ExportConfig) -> FoundBase | No
     return FoundBase(*misfit) if is_told else FoundBase()
 
 
-def has_lost_base(export_dir: str, config: ExportConfig) -> bool:
+def has_lost_base(export_dir: str, storage_options: dict[str, Any]) -> bool:
     """Return whether the package in ``export_dir`` is a delta whose base is not where it was. Rank 0. ConfigError."""
-    manifest = _read_committed(export_dir, config)
+    manifest = _read_committed(export_dir, storage_options)
     if manifest is None or manifest.base is msgspec.UNSET:
         return False
-    place = open_directory(manifest.base.path, config.options_of_target)
+    place = open_directory(manifest.base.path, storage_options)
     found = bases.read_manifest(place)
     if found is None or found.digest != manifest.base.digest:
         return True
@@ -109,17 +109,17 @@ def has_lost_base(export_dir: str, config: ExportConfig) -> bool:
     return bool(lack) or any(its.find_undigested() for _, its in links)
 
 
-def _read_committed(export_dir: str, config: ExportConfig) -> Manifest | None:
-    if not open_directory(export_dir, config.options_of_target).exists(MANIFEST):
+def _read_committed(export_dir: str, storage_options: dict[str, Any]) -> Manifest | None:
+    if not open_directory(export_dir, storage_options).exists(MANIFEST):
         return None
     try:
-        return _read_manifest(export_dir, config)
+        return _read_manifest(export_dir, storage_options)
     except ConfigError:  # whoever looks at export_dir says what is wrong with it
         return None
 
 
-def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
-    package = open_directory(directory, config.options_of_target)
+def _read_manifest(directory: str, storage_options: dict[str, Any]) -> Manifest:
+    package = open_directory(directory, storage_options)
     try:
         return decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
     except PackageError as error:
@@ -133,7 +133,7 @@ def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
         raise ConfigError(f"base {package.describe(MANIFEST)} cannot be read: {error.strerror or error}") from error
 
 
-def _choose_link(directory: str, manifest: Manifest, config: ExportConfig) -> tuple[str, Manifest]:
+def _choose_link(directory: str, manifest: Manifest, config: BaseOfDelta) -> tuple[str, Manifest]:
     """Return what a delta goes on top of, where ``base`` is a delta itself: that one, or the full package at the bottom.
 
     ConfigError if something below is not there.
@@ -186,23 +186,24 @@ def describe_base(base: Package, *, has_dense: bool = False) -> BaseEntry:
     )
 
 
-def open_base(ranks: Ranks, config: ExportConfig, digest: str, final: Directory) -> Package | None:
-    """Open the base, which ``config`` names as a directory. All ranks. ``final`` is export_dir.
+def open_base(
+    ranks: Ranks, path: str | None, digest: str, final: Directory, *, storage_options: dict[str, Any]
+) -> Package | None:
+    """Open the base, which is the directory ``path``; None without one. All ranks. ``final`` is export_dir.
 
     Raises:
         ConfigError: it is the base, which the delta would replace.
         ExportError: a rank finds another package there.
     """
-    path = config.base
     if path is None:
         return None
 
     def open_it() -> Package:
-        if final.is_same(open_directory(path, config.options_of_target)):
+        if final.is_same(open_directory(path, storage_options)):
             raise ConfigError(
                 f"base {path} is export_dir, so that the delta would take its place; give another export_dir"
             )
-        package = open_package(path, storage_options=config.options_of_target)
+        package = open_package(path, storage_options=storage_options)
         if any(final.is_same(layer.directory) for layer in package.layers):
             package.close()
             raise ConfigError(
@@ -220,7 +221,7 @@ def open_base(ranks: Ranks, config: ExportConfig, digest: str, final: Directory)
 
 
 def fit_base(
-    ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig, base: Package | None, *, world_size: int
+    ranks: Ranks, checkpoint: Checkpoint, config: FittedBase, base: Package | None, *, world_size: int
 ) -> tuple[Checkpoint, Package | None, list[str]]:
     """Compare the tables with those of the base. All ranks.
 

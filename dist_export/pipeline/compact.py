@@ -176,7 +176,9 @@ class Compaction:
             look = functools.partial(plan_replacing, checkpoint, package, threads=threads, most_bytes=room)
             rules = task.ranks.run("look at the deleted ids", lambda: _blame(look))
             task.ranks.broadcast("look at row numbers", lambda: _refuse_wrong_numbers(checkpoint, package))
-            planned = plan_sparse(task.ranks, checkpoint, task.config, world_size=task.ranks.world_size, leaving=rules)
+            planned = plan_sparse(
+                task.ranks, checkpoint, task.config, world_size=task.ranks.world_size, leaving=rules, tuning=task.tuning
+            )
         return export.grown(notes=describe_row_indexed_tables(planned.plan), planned=planned)
 
     def compare_ids(self, export: ExportState) -> ExportState:

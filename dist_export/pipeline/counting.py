@@ -33,10 +33,21 @@ def count_rows(
     mine = shares[ranks.rank * budget.threads : (ranks.rank + 1) * budget.threads]
 
     def count(share: list[int]) -> Census:
-        return take_census(checkpoint, targets, share, held_ids=budget.held_ids, duplicates=duplicates, pruning=rules)
+        return take_census(
+            checkpoint,
+            targets,
+            share,
+            held_ids=budget.held_ids,
+            duplicates=duplicates,
+            pruning=rules,
+            tuning=budget.tuning,
+        )
 
     counts = ranks.all_gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
-    row_indexed = ranks.check("count numbered rows", lambda: count_row_indexed_rows(checkpoint, targets))
+    row_indexed = ranks.check(
+        "count numbered rows",
+        lambda: count_row_indexed_rows(checkpoint, targets, granule_rows=budget.tuning.granule_rows),
+    )
     return merge_censuses([*counts, row_indexed])
 
 
@@ -53,7 +64,9 @@ def search_rest(
     )
 
     def search(share: list[UniqueTask]) -> None:
-        check_unique(checkpoint, share, held_ids=budget.held_ids, duplicates=duplicates)
+        check_unique(
+            checkpoint, share, held_ids=budget.held_ids, duplicates=duplicates, run_rows=budget.tuning.run_rows
+        )
 
     def search_mine() -> None:
         run_threads(search, [tasks[thread :: budget.threads] for thread in range(budget.threads)])

@@ -52,7 +52,7 @@ def account_for_base(export: ExportState) -> ExportState:
     written: Written = {}
 
     def write() -> list[WrittenIds]:
-        return write_deleted(export.target, losing, seen, digest=task.config.digest)
+        return write_deleted(export.target, losing, seen, digest=task.config.digest, tuning=task.tuning)
 
     with task.reporter.stage("write deleted ids"):
         shares = ranks.all_gather("write the deleted ids", write)

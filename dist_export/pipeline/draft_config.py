@@ -17,6 +17,7 @@ from dist_export.checkpoint.package_source import find_package
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.config.loader import load_config
 from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import RunOfCheckpoints
 from dist_export.errors import ConfigError, PlanError, UnaskedError, printable
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.row_encodings import F32
@@ -67,7 +68,7 @@ def draft_config(settings: Mapping[str, Any]) -> list[str]:
         try:
             planned = _plan(ranks, config)
         except UnaskedError:
-            added = {} if config.treat_as_tables else {"treat_as_tables": _guess_tables(config)}
+            added = {} if config.treat_as_tables else {"treat_as_tables": _guess_tables(config.ckpt_dir or "", config)}
             if not added.get("treat_as_tables"):
                 raise
             planned = _plan(ranks, config.with_changes(**added))
@@ -106,9 +107,9 @@ def _plan(ranks: Ranks, config: ExportConfig) -> _Planned:
     return _Planned(config=config, located=located, checkpoint=checkpoint)
 
 
-def _guess_tables(config: ExportConfig) -> list[str]:
+def _guess_tables(url: str, config: RunOfCheckpoints) -> list[str]:
     """Return patterns of matrices that look like tables: by name, or else longer than wide and without a bias beside them."""
-    directory = open_place(config.ckpt_dir or "", config.storage_options, follow_links=config.follow_links)
+    directory = open_place(url, config.storage_options, follow_links=config.follow_links)
     settings = TensorSettings(optimizer_slots=tuple(config.optimizer_slots), state_root=config.state_root)
     listed = list_checkpoints(directory, asked=config.format, settings=settings)
     newest = next((each.name for each in listed if each.is_complete is not False), None)

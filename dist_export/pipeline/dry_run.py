@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -84,7 +85,9 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     if not config.is_refresh and (not config.need_export_sparse or checkpoint is None):
         return report
     with contextlib.ExitStack() as held:
-        base = open_base(ranks, config, found.located.base.digest, paths.final)
+        base = open_base(
+            ranks, config.base, found.located.base.digest, paths.final, storage_options=config.options_of_target
+        )
         if base is not None:
             held.callback(base.close)
             report["base"] = base.directory.url
@@ -106,7 +109,13 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     report["notes"] += note_dense_left(report["dense_tensors"]["in_no_file"], checkpoint)
     report["row_fingerprints"] = _count_fingerprint_bytes(found, plan)
     report |= _work(found, planned, world_size, report["row_fingerprints"])
-    report["account"] = _account(config, planned, found.dense_state, found.weights)
+    report["account"] = _account(
+        planned,
+        found.dense_state,
+        None if config.dataset is None else found.weights,
+        config.allow_unexpected_dense,
+        is_filtered=bool(config.filter_sparse_opt),
+    )
     report["copied_ranges"] = len(plan.copies)
     report["gathered_rows"] = int(plan.gathers.counts.sum())
     return report
@@ -186,7 +195,9 @@ def _work(found: Found, planned: PlannedSparse, world_size: int, fingerprint_byt
         work["store"] = _store(planned, paths, parts, row_index=found.config.row_index)
         if paths.target.s3 is not None and fingerprint_bytes:
             work["store"] |= {"row_fingerprints": fingerprint_bytes, "read_back": _count_row_bytes(plan)}
-    writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
+    writing, _ = plan_units(
+        plan, by_parts={number: its for number, its in parts.items() if its.has_remote}, tuning=planned.budget.tuning
+    )
     threads = planned.budget.threads
     queues = assign(writing, world_size * threads)
     by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]
@@ -251,22 +262,30 @@ def render_report(report: dict[str, Any]) -> list[str]:
 
 
 def _account(
-    config: ExportConfig, planned: PlannedSparse, dense_state: DenseMeta, weights: ModelWeights | None
+    planned: PlannedSparse,
+    dense_state: DenseMeta,
+    weights: ModelWeights | None,
+    allow_unexpected_dense: Sequence[str],
+    *,
+    is_filtered: bool,
 ) -> dict[str, Any] | None:
-    """Return the account of what an export would do with the source's payload; None where the source does not tell it."""
+    """Return the account of what an export would do with the source's payload; None where the source does not tell it.
+
+    ``weights``: of a model whose dense arch is exported.
+    """
     taken = None
-    if weights is not None and config.dataset is not None:
+    if weights is not None:
         below = [name for name, *_ in dense_state if is_below(plain_name(name), weights.dense_name)]
         keys = {name: plain_name(name).removeprefix(f"{weights.dense_name}.") for name in below}
         # those that the dense arch has all the same are known when it is loaded
-        taken = [name for name in below if not any(fnmatchcase(keys[name], p) for p in config.allow_unexpected_dense)]
+        taken = [name for name in below if not any(fnmatchcase(keys[name], p) for p in allow_unexpected_dense)]
     account = account_export(
         planned.plan.checkpoint,
         planned,
         fates_by_plan(planned),
         dense_state=dense_state,
         taken=taken,
-        is_filtered=bool(config.filter_sparse_opt),
+        is_filtered=is_filtered,
     )
     return None if account is msgspec.UNSET else msgspec.json.decode(msgspec.json.encode(account))
 

@@ -11,7 +11,7 @@ from dist_export.checkpoint.detect import detect_format, holds_tables, open_dens
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights, merge_weights
 from dist_export.config.needs import ModelValues, ScoreSettings
-from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import CheckpointTensors, ConfFiles, OpenedSource
 from dist_export.dense.fg import Features, check_conf
 from dist_export.dense.fg_load import collect_confs, has_hashed_input
 from dist_export.errors import ConfigError, PlanError
@@ -27,7 +27,7 @@ FG = "fg.json"
 
 
 def read_confs(
-    config: ExportConfig, objects: Objects, checkpoint: Checkpoint | None
+    config: ConfFiles, objects: Objects, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Features]:
     """Return fg and mc, checked against their rules, each other and the checkpoint's tables, all findings in one error."""
     fg_conf, mc_conf = collect_confs(objects.fg, config.fg_conf_or_path, config.mc_conf_or_path)
@@ -53,8 +53,13 @@ def note_renamed(fg_conf: dict[str, Any] | None, checkpoint: Checkpoint | None) 
     return [f"fg.json names tables as the trainer does, the package otherwise: {', '.join(renamed[:3])}{more}"]
 
 
-def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, Any] | None) -> list[str]:
-    """Refuse what an export into its own checkpoint could only do by rewriting a file of it; return notes. Rank 0."""
+def look_at_source(
+    target: Directory, fg_conf: dict[str, Any] | None, folder: str | None, *, has_tables: bool
+) -> list[str]:
+    """Refuse what an export into its own checkpoint could only do by rewriting a file of it; return notes. Rank 0.
+
+    ``folder``: that of the dense arch, if it is exported. ``has_tables``: whether tables are.
+    """
     advice = "export_dir is ckpt_dir, whose files are left as they are. Remove it, or give another export_dir"
     if (
         fg_conf is not None
@@ -63,9 +68,9 @@ def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, A
     ):
         raise ConfigError(f"{target.describe(FG)} is there already, and differs from the one to be exported; {advice}")
     is_ours = target.exists(WORK_DIRECTORY) or target.exists(MANIFEST)
-    if config.model is not None and target.exists(config.export_folder_name) and not is_ours:
-        raise ConfigError(f"{target.describe(config.export_folder_name)} is there already; {advice}")
-    if not config.need_export_sparse or not target.exists(MERGED):
+    if folder is not None and target.exists(folder) and not is_ours:
+        raise ConfigError(f"{target.describe(folder)} is there already; {advice}")
+    if not has_tables or not target.exists(MERGED):
         return []
     raw = target.read_text(MERGED)
     if raw.strip() == b"null":
@@ -107,7 +112,7 @@ def look_for_weights(ranks: Ranks, config: ModelValues, model: Any) -> ModelWeig
 
 def open_source(
     ranks: Ranks,
-    config: ExportConfig,
+    config: OpenedSource,
     source: Directory | None,
     model: Any = None,
     *,
@@ -165,7 +170,7 @@ def open_source(
 
 
 def find_dense(
-    config: ExportConfig,
+    config: CheckpointTensors,
     source: Directory | None,
     checkpoint: Checkpoint | None,
     weights: ModelWeights | None = None,

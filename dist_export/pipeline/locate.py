@@ -16,6 +16,7 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.package_source import find_package
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import RegisteredExport, Registries
 from dist_export.config.sparse_settings import LATEST
 from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
@@ -84,9 +85,11 @@ def locate(
     else:
         resolved = base.resolve(config.ckpt_dir, config.registry_options)
         if found is None and is_trainer_delta(config.format):
-            found = find_dumps(config, resolved.directory)
+            found = find_dumps(resolved.directory, config, until_step=config.until_step)
         elif found is None:
-            found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
+            found = find_checkpoint(
+                config, resolved.directory, step=config.step, needs_dense=needs_dense, weights=weights
+            )
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
     _refuse_two_registries(config.export_dir, register)
@@ -99,7 +102,7 @@ def locate(
         register = register or config.export_dir
         export_dir = _place(target, config, found, notes)
         if is_latest:
-            found_base = find_committed_base(export_dir, config) or found_base
+            found_base = find_committed_base(export_dir, config.options_of_target) or found_base
     if register:
         base.require(register, options)
         if redact_text(export_dir) != export_dir:
@@ -110,8 +113,9 @@ def locate(
     seen = base.look(register, options) if register else ""
     if is_trainer_delta(config.format) and found_base.directory is not None:
         publish = register if base.scheme_of(register) == SCHEME else ""
-        steps = list_steps(config, resolved.directory)
-        refuse_taken_back(given, options, steps, base=found_base.directory, export_dir=export_dir, publish=publish)
+        steps = list_steps(resolved.directory, config)
+        stores, below = (options, config.options_of_target), found_base.directory
+        refuse_taken_back(given, *stores, steps, base=below, export_dir=export_dir, publish=publish)
     if config.overwrite:
         refuse_needed(open_directory(export_dir, config.options_of_target))
     notes += [found_base.note] if found_base.note else []
@@ -158,7 +162,7 @@ def _resolve_filter(config: ExportConfig, ckpt_dir: str | None) -> bool:
     return found != RECIS or find_package(directory) is not None
 
 
-def register_package(config: ExportConfig, locations: Locations, manifest: Manifest, directory: str) -> str:
+def register_package(config: RegisteredExport, locations: Locations, manifest: Manifest, directory: str) -> str:
     """Register a committed package; return the URI of its version, empty where none was asked for. Rank 0. ExportError."""
     if not locations.register:
         return ""
@@ -188,7 +192,7 @@ def _absolute(url: str, options: dict[str, Any]) -> str:
     return directory.path if directory is not None and directory.is_local else url
 
 
-def options_for_registries(config: ExportConfig) -> dict[str, Any]:
+def options_for_registries(config: Registries) -> dict[str, Any]:
     """Return the options for registries, with those that a directory of versions takes from other settings."""
     own = {"storage_options": config.options_of_target, "keep_versions": config.keep_versions}
     given = config.registry_options.get(SCHEME)
@@ -204,7 +208,7 @@ def _place(target: base.Registry, config: ExportConfig, found: FoundCheckpoint, 
     attempt = 0
     while True:
         export_dir = base.place(target, config.export_dir, key=_key_of(config, found, attempt))
-        if config.base != LATEST or not has_lost_base(export_dir, config):
+        if config.base != LATEST or not has_lost_base(export_dir, config.options_of_target):
             return export_dir
         notes.append(
             f"{export_dir} is this export as a delta whose base is there no more, so it became another version"

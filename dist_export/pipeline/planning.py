@@ -23,7 +23,14 @@ from dist_export.checkpoint.recis.plain_tables import find_state_tables, note_st
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.config.prune_rules import ALLOW_LIST, parse_rules
-from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import (
+    CheckpointTensors,
+    ChosenTables,
+    KeptSlots,
+    OpenedTables,
+    PlannedTables,
+    PrunedRows,
+)
 from dist_export.delta.same_rows import BaseRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
@@ -52,6 +59,7 @@ from dist_export.runtime.threads import keep_freed_memory
 from dist_export.storage.directory import Directory
 from dist_export.transfer.duplicates import DuplicateIds, find_duplicate_rows
 from dist_export.transfer.prune_filter import find_pruned
+from dist_export.tuning import STANDARD, Tuning
 
 T = TypeVar("T")
 _DEFAULT_THREADS = 4
@@ -90,7 +98,7 @@ def open_checkpoint(
     return read_metadata(ranks, lambda: open_reader(directory, asked=asked, settings=settings))
 
 
-def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> TensorSettings:
+def tensor_settings_of(config: CheckpointTensors, weights: ModelWeights | None) -> TensorSettings:
     """Return what the settings say of the tensors of a checkpoint, and the model, where one is exported."""
     return TensorSettings(
         treat_as_tables=tuple(config.treat_as_tables),
@@ -155,7 +163,7 @@ def _blame_export(work: Callable[[], T]) -> T:
 def open_tables(
     ranks: Ranks,
     directory: Directory,
-    config: ExportConfig,
+    config: OpenedTables,
     find_model_dims: Callable[[], Mapping[str, Collection[int]]] = dict,
     weights: ModelWeights | None = None,
 ) -> Checkpoint:
@@ -191,7 +199,7 @@ def _add_state_tables(ranks: Ranks, checkpoint: Checkpoint, weights: ModelWeight
     return ranks.check("put the tables together", lambda: join_checkpoints(checkpoint, state, kind=RECIS))
 
 
-def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
+def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ChosenTables) -> Checkpoint:
     """Return the source as what follows sees it. All ranks."""
     asked = TableSettings(
         select=config.select_tables,
@@ -207,7 +215,7 @@ def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) ->
 
 
 def choose(
-    checkpoint: Checkpoint, config: ExportConfig, world_size: int
+    checkpoint: Checkpoint, config: KeptSlots, world_size: int
 ) -> tuple[Selection, tuple[Targets, ...], int | None]:
     """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
     if not config.filter_sparse_opt:
@@ -232,16 +240,17 @@ def choose(
 def plan_sparse(
     ranks: Ranks,
     checkpoint: Checkpoint,
-    config: ExportConfig,
+    config: PlannedTables,
     *,
     world_size: int,
     base: Package | None = None,
     leaving: Pruning | None = None,
+    tuning: Tuning = STANDARD,
 ) -> PlannedSparse:
     """Choose, count the id columns (each rank its share), lay out. All ranks; nothing is written.
 
     Rows that ``base`` has with the same bytes are left out; ``checkpoint`` is then one that fits it. ``leaving`` are rules that
-    take the place of those of the settings.
+    take the place of those of the settings. ``tuning``: the sizes of pieces, which become those of the budget.
 
     Raises:
         PlanError: settings that this checkpoint cannot meet, or whose rules leave nothing of a table.
@@ -253,7 +262,7 @@ def plan_sparse(
 
     def look() -> tuple[MemoryBudget, str]:
         room = config.max_memory_bytes - pruning.num_bytes - estimate_bytes(base)
-        return MemoryBudget(room, count_threads(config.threads)), checkpoint.digest_traces()
+        return MemoryBudget(room, count_threads(config.threads), tuning), checkpoint.digest_traces()
 
     # machines may have other cores and mount the source in other ways, and all ranks need one plan with one digest
     budget, disk_state = ranks.broadcast("share out the memory", look)
@@ -268,8 +277,8 @@ def plan_sparse(
     def compare(dropped_in: Callable[[int, int, int], np.ndarray] | None = None) -> tuple[BaseRows | None, Pruning]:
         if base is None:
             return None, pruning
-        is_exact, ignored = config.compare == "exact", config.delta_ignore_slots
-        same = BaseRows(checkpoint, selection, base, is_exact=is_exact, ignored=ignored, dropped_in=dropped_in)
+        open_rows = functools.partial(BaseRows, is_exact=config.compare == "exact", ignored=config.delta_ignore_slots)
+        same = open_rows(checkpoint, selection, base, dropped_in=dropped_in, piece_bytes=tuning.compared_bytes)
         return same, pruning.leaving(same, ranks_of_parts(shares, budget.threads, len(checkpoint.parts)))
 
     same, rules = ranks.check("open the tables of the base", compare)
@@ -295,9 +304,7 @@ def plan_sparse(
         return plan_copy(checkpoint, selection)
 
     plan = ranks.check("lay out the shards", lay_out)
-    digests = ranks.all_gather("compare the plans", lambda: plan.digest)
-    if len(set(digests)) > 1:
-        ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
+    _refuse_different(ranks, plan)
     return PlannedSparse(plan=plan, census=census, budget=budget, same=same)
 
 
@@ -325,7 +332,7 @@ def describe_row_indexed_tables(plan: SparsePlan) -> list[str]:
     return [f"{what} ({told}); for a server that reads hash tables alone set to_hash_tables"]
 
 
-def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
+def read_pruning(checkpoint: Checkpoint, config: PrunedRows) -> Pruning:
     """Read the files that ``prune`` names, and say which rule applies to which table. Every rank for itself."""
     lists: dict[str, IdList] = {}
     room = config.max_memory_bytes // _LISTS_SHARE
@@ -349,12 +356,20 @@ def count_threads(asked: int | None) -> int:
     return max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
 
 
-def _refuse_different(digests: list[str], source: str) -> None:
-    told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
-    raise ExportError(
-        f"the ranks came to different plans, so they do not see the same {source} ({told}). Nothing was written. "
-        "Check that it is one shared directory whose files no longer change"
-    )
+def _refuse_different(ranks: Ranks, plan: SparsePlan) -> None:
+    """Raise ExportError on all ranks if they have different plans. All ranks."""
+    digests = ranks.all_gather("compare the plans", lambda: plan.digest)
+    if len(set(digests)) == 1:
+        return
+
+    def refuse() -> None:
+        told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
+        raise ExportError(
+            f"the ranks came to different plans, so they do not see the same {plan.checkpoint.directory.url} ({told}). "
+            "Nothing was written. Check that it is one shared directory whose files no longer change"
+        )
+
+    ranks.run("agree on the plan", refuse)
 
 
 def _refuse_misplaced(checkpoint: Checkpoint, census: Census, *, repair: bool | None) -> None:

@@ -11,6 +11,7 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.needs import MissingTables
 from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import OpenedSource, PlannedTables, SourceStorage
 from dist_export.dense.fg import Features
 from dist_export.errors import ConfigError, DistExportError, UnaskedError
 from dist_export.model.user_objects import Objects, build_objects
@@ -60,7 +61,7 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
     )
     config = config if located is None else located.apply(config)
     paths = _open_target(ranks, config, mistakes)
-    source = _open_source(config) if located is not None else None
+    source = _open_source(config.ckpt_dir or "", config) if located is not None else None
     checkpoint, dense_state = (
         (None, ()) if source is None else _look_at_source(ranks, config, source, model, weights, mistakes, ignored)
     )
@@ -117,13 +118,13 @@ def _open_target(ranks: Ranks, config: ExportConfig, mistakes: Mistakes) -> Expo
     return paths
 
 
-def _open_source(config: ExportConfig) -> Directory:
-    return open_place(config.ckpt_dir or "", config.storage_options, follow_links=config.follow_links)
+def _open_source(url: str, storage: SourceStorage) -> Directory:
+    return open_place(url, storage.storage_options, follow_links=storage.follow_links)
 
 
 def _look_at_source(
     ranks: Ranks,
-    config: ExportConfig,
+    config: OpenedSource,
     source: Directory,
     model: Any,
     weights: ModelWeights | None,
@@ -152,7 +153,7 @@ def _look_at_source(
 
 
 def _try_choices(
-    ranks: Ranks, config: ExportConfig, checkpoint: Checkpoint, world_size: int, mistakes: Mistakes
+    ranks: Ranks, config: PlannedTables, checkpoint: Checkpoint, world_size: int, mistakes: Mistakes
 ) -> None:
     """Choose tables and read the rules for rows, as the export does. All ranks."""
     mistakes.collect(lambda: ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size)), None)

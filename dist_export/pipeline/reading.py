@@ -7,6 +7,7 @@ from typing import NamedTuple
 from dist_export.checkpoint.metadata import Checkpoint, SourceFile
 from dist_export.commit.publish import DenseMeta
 from dist_export.manifest import MANIFEST
+from dist_export.package.reader import Package
 from dist_export.pipeline.base_package import open_base
 from dist_export.pipeline.identity import Told, find_incomparable, identify_export
 from dist_export.pipeline.inputs import (
@@ -33,28 +34,44 @@ class _Identified(NamedTuple):
     has_manifest: bool
 
 
+def _open_tables(export: ExportState, base: Package | None) -> Checkpoint | None:
+    """Open the tables of the source, which may be a trainer's own deltas over ``base``. All ranks."""
+    task, source = export.task, export.paths.source
+    if base is not None and source is not None and is_trainer_delta(task.config.format):
+        return open_trainer_delta(task.ranks, task.config, source, base)
+    objects = task.objects
+    return open_source(
+        task.ranks,
+        task.config,
+        source,
+        model=objects.model,
+        weights=task.weights,
+        exports_dense=objects.dataset is not None,
+    )
+
+
 def read_source(export: ExportState) -> ExportState:
     """Read the metadata of the checkpoint, fg and mc, and what the dense arch will need. All ranks."""
     task, paths = export.task, export.paths
     ranks, config, objects, source = task.ranks, task.config, task.objects, paths.source
-    base = open_base(ranks, config, task.located.base.digest, paths.final)
+    base = open_base(
+        ranks, config.base, task.located.base.digest, paths.final, storage_options=config.options_of_target
+    )
     if base is not None:
         task.held.callback(base.close)
     none: dict[str, SourceFile] = {}
     small_files = ranks.check_on_first("look at the checkpoint", lambda: look_at_small_files(source), none)
     with task.reporter.stage("read"):
-        if base is not None and source is not None and is_trainer_delta(config.format):
-            checkpoint: Checkpoint | None = open_trainer_delta(ranks, config, source, base)
-        else:
-            exports_dense = objects.dataset is not None
-            checkpoint = open_source(
-                ranks, config, source, model=objects.model, weights=task.weights, exports_dense=exports_dense
-            )
+        checkpoint = _open_tables(export, base)
         notes = list(checkpoint.warnings if checkpoint is not None else ())
         fg_conf, mc_conf, features = ranks.check("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
         if export.in_place:
-            notes += ranks.broadcast("look at what is there", lambda: look_at_source(config, export.target, fg_conf))
+            folder = None if config.model is None else config.export_folder_name
+            notes += ranks.broadcast(
+                "look at what is there",
+                lambda: look_at_source(export.target, fg_conf, folder, has_tables=config.need_export_sparse),
+            )
         # read also for the tables alone: one that is cut short tells of a save that did not finish
         parameters = ranks.check(
             "look for dense parameters", lambda: find_dense(config, source, checkpoint, task.weights)

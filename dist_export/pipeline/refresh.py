@@ -70,7 +70,9 @@ def plan_carried(export: ExportState) -> ExportState:
         task.ranks.check("look for managed collisions", lambda: _refuse_collisions(task.objects.model))
         task.ranks.check("look for tied weights", lambda: _refuse_ties(task.weights, base.manifest))
         carried = carry_tables(base.manifest, base.directory, checkpoint)
-        planned = plan_sparse(task.ranks, carried, settings_for(task.config, base), world_size=task.ranks.world_size)
+        planned = plan_sparse(
+            task.ranks, carried, settings_for(task.config, base), world_size=task.ranks.world_size, tuning=task.tuning
+        )
     return export.grown(planned=planned, notes=[note])
 
 

@@ -18,6 +18,7 @@ from dist_export.reporting.progress import Reporter
 from dist_export.reporting.published import Published
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.ranks import Ranks
+from dist_export.tuning import STANDARD, Tuning
 
 
 def run_export(
@@ -30,13 +31,14 @@ def run_export(
     steps: Sequence[Step] | None = None,
     found: FoundCheckpoint | None = None,
     digests: Sequence[bytes] | None = None,
+    tuning: Tuning = STANDARD,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``is_shown``: progress is shown while it lasts. ``published`` counts the versions of a process that exports again and again.
 
     ``steps`` are what is done with the source, by default those of an export. ``found`` is the source, if other steps read it.
-    ``digests`` are those of the settings of all ranks, if they were told already.
+    ``digests`` are those of the settings of all ranks, if they were told already. ``tuning``: the sizes of pieces.
 
     Raises as :func:`~dist_export.pipeline.steps.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
@@ -61,15 +63,12 @@ def run_export(
     try:
         with reporter.showing():
             todo = STEPS if steps is None else steps
-            manifest, summary = export_located(ranks, config, objects, located, reporter, weights, export_dir, todo)
+            manifest, summary = export_located(
+                ranks, config, objects, located, reporter, weights, export_dir, todo, tuning
+            )
     except BaseException as error:
         if ranks.rank == 0:
-            exit_code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-            events.add("failed", error=f"{type(error).__name__}: {error}".removesuffix(": "), exit_code=exit_code)
-            # what is refused (2) before the transfer has changed nothing: the figures of the package that may be there hold
-            if config.metrics and (exit_code != 2 or "transfer" in reporter.seconds):
-                samples = [*failure_of(export_dir), *(published.samples() if published is not None else ())]
-                write_metrics(config.metrics, config.options_of_target, samples)
+            _note_failure(error, config, export_dir, reporter, events, published)
         raise
     others = ranks.all_gather("collect the events", events.lines)
     if ranks.rank == 0:
@@ -88,3 +87,20 @@ def run_export(
             samples += published.samples() if published is not None else ()
             write_metrics(config.metrics, config.options_of_target, samples)
     return manifest, summary
+
+
+def _note_failure(
+    error: BaseException,
+    config: ExportConfig,
+    export_dir: str,
+    reporter: Reporter,
+    events: Events,
+    published: Published | None,
+) -> None:
+    """Write the event and the metrics of an export that failed. Rank 0."""
+    exit_code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    events.add("failed", error=f"{type(error).__name__}: {error}".removesuffix(": "), exit_code=exit_code)
+    # what is refused (2) before the transfer has changed nothing: the figures of the package that may be there hold
+    if config.metrics and (exit_code != 2 or "transfer" in reporter.seconds):
+        samples = [*failure_of(export_dir), *(published.samples() if published is not None else ())]
+        write_metrics(config.metrics, config.options_of_target, samples)

@@ -25,7 +25,7 @@ from dist_export.checkpoint.detect import (
 )
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import RunOfCheckpoints
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.formats.recis import DENSE_STATE, INDEX
 from dist_export.pipeline.planning import tensor_settings_of
@@ -73,9 +73,14 @@ class FoundCheckpoint(NamedTuple):
 
 
 def find_checkpoint(
-    config: ExportConfig, url: str, *, needs_dense: bool = False, weights: ModelWeights | None = None
+    config: RunOfCheckpoints,
+    url: str,
+    *,
+    step: int | None = None,
+    needs_dense: bool = False,
+    weights: ModelWeights | None = None,
 ) -> FoundCheckpoint:
-    """Return the checkpoint that ``url`` and ``step`` mean. One rank; reads the headers of a run's checkpoints alone.
+    """Return the checkpoint that ``url`` and the setting ``step`` mean. One rank; reads the headers of a run's checkpoints alone.
 
     Of a run the latest is meant that has all that the export reads; with ``needs_dense`` the dense parameters too.
 
@@ -83,22 +88,22 @@ def find_checkpoint(
         CheckpointError: no checkpoint of that step, or none that is complete; a newest one that the settings do not fit.
     """
     directory = open_place(url, config.storage_options, follow_links=config.follow_links)
-    children = _list_run(directory, config.format, has_step=config.step is not None)
+    children = _list_run(directory, config.format, has_step=step is not None)
     if not children:
-        if config.step is not None:
-            _refuse_other_step(directory, config.step)
-        return FoundCheckpoint(url, config.step, ())
-    if config.step is not None:
-        return _pick(directory, children, config.step)
+        if step is not None:
+            _refuse_other_step(directory, step)
+        return FoundCheckpoint(url, step, ())
+    if step is not None:
+        return _pick(directory, children, step)
     wanted = Wanted(config.format, tensor_settings_of(config, weights), config.need_export_sparse, needs_dense)
     listed = read_list(directory)
     notes: list[str] = []
     by_age = sorted(children, reverse=True)
-    for place, (step, name) in enumerate(by_age):
+    for place, (its_step, name) in enumerate(by_age):
         why = _why_unlisted(listed, name) or _why_incomplete(wanted, directory, name)
         if why is None:
             notes += _note_no_dense(directory, name, by_age[place + 1 :][:1])
-            return FoundCheckpoint(directory.locate(name), step, tuple(notes))
+            return FoundCheckpoint(directory.locate(name), its_step, tuple(notes))
         notes.append(f"{directory.describe(name)} is passed over: {why}")
     raise CheckpointError(f"{directory.url}: none of its {len(children)} checkpoints is complete; {notes[0]}")
 

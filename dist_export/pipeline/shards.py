@@ -101,20 +101,22 @@ def check(
     in_place: bool,
 ) -> Checked:
     """Account for every row from the written files, and write their row indexes and row fingerprints if set. All ranks."""
-    plan, threads = planned.plan, planned.budget.threads
+    plan, threads, tuning = planned.plan, planned.budget.threads, planned.budget.tuning
     workers = range(ranks.rank * threads, (ranks.rank + 1) * threads)
     mine = [range(worker, len(plan.files), ranks.world_size * threads) for worker in workers]
 
     def open_indexes(readers: Readers) -> RowIndexWriter:
         held_ids = planned.budget.held_ids // 2  # beside the list of dropped rows
-        return RowIndexWriter(plan, target, readers, held_ids=held_ids, digest=digest, in_place=in_place)
+        return RowIndexWriter(plan, target, readers, held_ids=held_ids, digest=digest, in_place=in_place, tuning=tuning)
 
     def audit_share(numbers: range) -> tuple[Audit, list[FileEntry]]:
-        audited = audit_files(plan, target, numbers, open_indexes if row_index else None)
+        audited = audit_files(plan, target, numbers, open_indexes if row_index else None, run_rows=tuning.run_rows)
         if not row_fingerprints:
             return audited, []
         window_bytes = planned.budget.window_bytes
-        writer = FingerprintWriter(plan, target, window_bytes=window_bytes, digest=digest, in_place=in_place)
+        writer = FingerprintWriter(
+            plan, target, window_bytes=window_bytes, digest=digest, in_place=in_place, tuning=tuning
+        )
         return audited, writer.write(numbers)
 
     def audit() -> list[tuple[Audit, list[FileEntry]]]:

@@ -34,7 +34,8 @@ def write_rest_of_files(export: ExportState) -> list[FileEntry]:
         shards = [] if planned is None else [file.name for file in planned.plan.files]
         beside = {file.path for file in (*export.index_files, *export.deleted_files)}
         remove_strays(target, {*shards, *beside})
-    return write_small_files(target, small, digest=export.task.config.digest, keep=keep)
+    task = export.task
+    return write_small_files(target, small, digest=task.config.digest, keep=keep, chunk_bytes=task.tuning.chunk_bytes)
 
 
 def open_scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:

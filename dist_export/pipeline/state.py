@@ -26,6 +26,7 @@ from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.transfer.casting import Counts
 from dist_export.transfer.work_done import Share
+from dist_export.tuning import Tuning
 from dist_export.workdir.presence import Written
 from dist_export.workdir.state import Receipt
 
@@ -55,6 +56,8 @@ class Task:
     """Seconds since the epoch."""
     traffic: Mapping[str, int]
     """The requests to stores that this process had made before."""
+    tuning: Tuning
+    """The sizes of pieces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,7 @@ from dist_export.reporting.summary import summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.casting import refuse_overflow
+from dist_export.tuning import Tuning
 from dist_export.workdir.presence import Written, note_written, refuse_vanished
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,13 @@ def export_located(
     weights: ModelWeights | None,
     export_dir: str,
     steps: Sequence[Step],
+    tuning: Tuning,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``config`` has the paths that ``located`` found, ``weights`` is what the model says of a checkpoint's tensors, and
     ``export_dir`` is where the package goes, the day's subfolder included. ``steps`` are done until one of them sets a manifest.
+    ``tuning``: the sizes of pieces.
 
     Raises:
         UserError: before anything is written, for what the user can mend.
@@ -96,6 +99,7 @@ def export_located(
             held=held,
             started=time.time(),
             traffic=TRAFFIC.snapshot(),
+            tuning=tuning,
         )
         export = ExportState(task=task, paths=open_paths(ranks, config, export_dir, objects.model), notes=located.notes)
         for step in steps:
@@ -138,7 +142,7 @@ def plan_tables(export: ExportState) -> ExportState:
         world_size = task.ranks.world_size
         fitting, base, notes_on_base = fit_base(task.ranks, checkpoint, config, export.base, world_size=world_size)
         notes += notes_on_base
-        planned = plan_sparse(task.ranks, fitting, config, world_size=world_size, base=base)
+        planned = plan_sparse(task.ranks, fitting, config, world_size=world_size, base=base, tuning=task.tuning)
         plan = planned.plan
         notes += describe_row_indexed_tables(plan)
         notes += note_unreadable(checkpoint, plan.selection)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import DumpRange
 from dist_export.config.sparse_settings import LATEST
 from dist_export.errors import ConfigError
 from dist_export.humanize import count
@@ -50,8 +50,9 @@ class Later(NamedTuple):
 
 
 def refuse_taken_back(
-    config: ExportConfig,
+    config: DumpRange,
     options: dict[str, Any],
+    target_options: dict[str, Any],
     steps: tuple[int, ...],
     *,
     base: str,
@@ -63,33 +64,34 @@ def refuse_taken_back(
     Args:
         config: the settings, with ``base`` as it was given.
         options: for registries.
+        target_options: for the store of packages.
         steps: of all dumps.
         base: the directory of the full package below.
         export_dir: the directory of the new package.
         publish: the directory of versions that it becomes current in; empty for none.
     """
-    below = bases.read_manifest(open_directory(base, config.options_of_target))
+    below = bases.read_manifest(open_directory(base, target_options))
     if below is None:  # whoever opens the base says so
         return
     since = below.source.step_of_rows if config.since_step is None else config.since_step
     if since is None:  # the step is asked for later
         return
     dumps = Dumps(steps, since, config.until_step, is_stated=config.since_step is not None)
-    others = [] if config.base in (None, LATEST) else [_open(config, options, str(config.base))]
+    others = [] if config.base in (None, LATEST) else [_open(str(config.base), options, target_options)]
     if publish:
         registry = VersionDirectory(**options[SCHEME])
         current, _ = registry.read_current(publish)
         name = export_dir.rstrip("/").rpartition("/")[2]
         if current is not None and all(switch.version != name for switch in current.switches):
-            others.append(_open(config, options, publish))
+            others.append(_open(publish, options, target_options))
     for later in others:
         if later is not None and (reason := find_taken_back(dumps, below, later)):
             raise ConfigError(f"base {base} with dumps after step {since}: {reason}. Nothing was written")
 
 
-def _open(config: ExportConfig, options: dict[str, Any], uri: str) -> Later | None:
+def _open(uri: str, options: dict[str, Any], target_options: dict[str, Any]) -> Later | None:
     """Return the package of a URI; None if it is not there."""
-    place = open_directory(registries.resolve(uri, options).directory, config.options_of_target)
+    place = open_directory(registries.resolve(uri, options).directory, target_options)
     manifest = bases.read_manifest(place)
     if manifest is None:
         return None

@@ -9,6 +9,7 @@ import msgspec
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.tzrec.files import DumpFile, list_dumps
 from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import SourceStorage, TakenDumps
 from dist_export.config.trainer_deltas import TZREC_DELTA
 from dist_export.errors import CheckpointError, ConfigError, PlanError
 from dist_export.humanize import count
@@ -26,15 +27,15 @@ def is_trainer_delta(format_name: str) -> bool:
     return format_name == TZREC_DELTA
 
 
-def find_dumps(config: ExportConfig, url: str) -> FoundCheckpoint:
+def find_dumps(url: str, storage: SourceStorage, *, until_step: int | None) -> FoundCheckpoint:
     """Return the directory of dumps and the last step that is taken of it. One rank; reads names alone. CheckpointError."""
-    steps = [step for step in list_steps(config, url) if config.until_step is None or step <= config.until_step]
-    return FoundCheckpoint(url, max(steps, default=config.until_step), ())
+    steps = [step for step in list_steps(url, storage) if until_step is None or step <= until_step]
+    return FoundCheckpoint(url, max(steps, default=until_step), ())
 
 
-def list_steps(config: ExportConfig, url: str) -> tuple[int, ...]:
+def list_steps(url: str, storage: SourceStorage) -> tuple[int, ...]:
     """Return all steps of a directory of dumps, in order. One rank; reads names alone. CheckpointError."""
-    directory = open_place(url, config.storage_options, follow_links=config.follow_links)
+    directory = open_place(url, storage.storage_options, follow_links=storage.follow_links)
     return tuple(sorted({file.step for file in _list(directory)}))
 
 
@@ -50,7 +51,7 @@ def _list(directory: Directory) -> tuple[DumpFile, ...]:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
 
 
-def open_trainer_delta(ranks: Ranks, config: ExportConfig, source: Directory, base: Package) -> Checkpoint:
+def open_trainer_delta(ranks: Ranks, config: TakenDumps, source: Directory, base: Package) -> Checkpoint:
     """Return the rows of the dumps since the base. All ranks.
 
     Raises:

@@ -12,9 +12,7 @@ import numpy as np
 from dist_export.checkpoint.metadata import Checkpoint, Memory
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.plan.target_slices import Targets
-
-GRANULE_ROWS = 1 << 20
-"""Rows in a granule. Rows are counted by granule, so that several ranks can gather from one part."""
+from dist_export.tuning import STANDARD
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -27,6 +25,7 @@ class Census:
 
     part: np.ndarray
     granule: np.ndarray
+    """int64: row within the part // ``granule_rows``, so that several ranks can gather from one part."""
     target: np.ndarray
     rows: np.ndarray
     counted: np.ndarray
@@ -38,6 +37,7 @@ class Census:
     pruned: PrunedRows | None = None
     """Counts of pruned rows; None if there are no rules. ``rows`` does not include pruned rows. ``misplaced`` and
     ``id_sum`` do, because they cover all rows of the source."""
+    granule_rows: int = STANDARD.granule_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -87,6 +87,7 @@ def merge_censuses(shares: Sequence[Census]) -> Census:
         misplaced=np.concatenate([share.misplaced for share in shares])[order],
         id_sum=np.concatenate([share.id_sum for share in shares])[order],
         pruned=_merge_pruned(shares, order),
+        granule_rows=shares[0].granule_rows,
     )
 
 
@@ -111,7 +112,8 @@ def leave_out(census: Census, *, part: np.ndarray, row: np.ndarray, target: np.n
         CheckpointError: there are more rows to leave out than were counted. The source at ``where`` changed in between.
     """
     runs = np.stack([census.part, census.granule, census.target, census.rows])
-    runs = _sum_runs(np.concatenate([runs, _count_runs(part, row // GRANULE_ROWS, target) * [[1], [1], [1], [-1]]], 1))
+    left_out = _count_runs(part, row // census.granule_rows, target) * [[1], [1], [1], [-1]]
+    runs = _sum_runs(np.concatenate([runs, left_out], 1))
     if (runs[3] < 0).any():
         raise CheckpointError(f"{where} changed while it was being read; export a checkpoint that is finished")
     part, granule, target, rows = runs[:, runs[3] > 0]
@@ -261,7 +263,9 @@ def _group(checkpoint: Checkpoint, census: Census, parts: np.ndarray, held_ids: 
     return [tuple(parts.tolist())]
 
 
-def count_row_indexed_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -> Census:
+def count_row_indexed_rows(
+    checkpoint: Checkpoint, targets: Sequence[Targets], *, granule_rows: int = STANDARD.granule_rows
+) -> Census:
     """Return the census of all row-indexed tables. The slices give the counts, so nothing is read."""
     parts = checkpoint.parts
     is_row_indexed = np.array([not table.is_hashed for table in checkpoint.tables], bool)
@@ -271,11 +275,11 @@ def count_row_indexed_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -
         begin, rows = parts.first_row_of(part), int(parts.rows[part])
         edges = np.array([s.begin for s in targets[parts.table[part]].slices], np.int64)
         inner = edges[(edges > begin) & (edges < begin + rows)]
-        granules = np.arange(begin, begin + rows, GRANULE_ROWS)
+        granules = np.arange(begin, begin + rows, granule_rows)
         cuts = np.unique(np.concatenate([inner, granules]))
         target = np.searchsorted(edges, cuts, side="right") - 1
         lengths = np.diff(cuts, append=begin + rows)
-        runs.append(np.stack([np.full_like(cuts, part), (cuts - begin) // GRANULE_ROWS, target, lengths]))
+        runs.append(np.stack([np.full_like(cuts, part), (cuts - begin) // granule_rows, target, lengths]))
     columns = np.concatenate(runs, axis=1)
     return Census(
         part=columns[0],
@@ -285,6 +289,7 @@ def count_row_indexed_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -
         counted=counted,
         misplaced=np.zeros(len(counted), np.int64),
         id_sum=np.zeros(len(counted), np.uint64),
+        granule_rows=granule_rows,
     )
 
 

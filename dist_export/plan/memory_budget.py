@@ -5,29 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_export.errors import PlanError
-
-_WRITE_BYTES = 128 << 10
-"""The least that one write of a gather should carry. With fewer bytes, the call costs more than the bytes."""
-
-_MIN_GATHER_BYTES = 1 << 20
-
-_CAST_VALUES = 1 << 15
-"""Values in a block of rows that is cast at once, about. Intermediate results take at most 3 MB. They stay in a core's cache
-and fit in the half of a thread's share that a gather leaves free."""
+from dist_export.tuning import STANDARD, Tuning
 
 _MOST_WINDOW_BYTES = 8 << 20
 
 DROPPED_ROW_BYTES = 512
 """Bytes of ``max_memory`` that count for each dropped row. A dropped row is held in 25 bytes. Before that, the ranks
 exchange and sort all rows of its id, which takes several times as much in addition to the memory of the search."""
-
-
-def cast_rows(dim: int) -> int:
-    """Return how many rows of ``dim`` values are cast at once, with their errors summed up: a power of two.
-
-    The number depends only on ``dim``, so the sums of errors do not depend on threads and memory.
-    """
-    return 1 << max(0, (_CAST_VALUES // max(dim, 1)).bit_length() - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +21,8 @@ class MemoryBudget:
     max_memory: int
     """Bytes for all threads of a rank together."""
     threads: int
+    tuning: Tuning = STANDARD
+    """The sizes of pieces."""
 
     def __post_init__(self) -> None:
         """Raise PlanError if a thread gets less than 8 MiB."""
@@ -53,7 +39,8 @@ class MemoryBudget:
     @property
     def held_ids(self) -> int:
         """Ids (8 bytes each) that a thread holds at once. Its results from them take at most as much again."""
-        return self._per_thread // 2 // 8
+        most = self._per_thread // 2 // 8
+        return most if self.tuning.held_ids is None else min(most, self.tuning.held_ids)
 
     @property
     def dropped_rows(self) -> int:
@@ -70,16 +57,23 @@ class MemoryBudget:
         """Bytes of one part of an upload to S3. A thread holds one part at a time."""
         return 16 << 20 if self._per_thread >= 64 << 20 else 8 << 20
 
+    def cast_rows(self, dim: int) -> int:
+        """Return how many rows of ``dim`` values are cast at once, with their errors summed up: a power of two.
+
+        The number does not depend on threads and memory, so the sums of errors do not either.
+        """
+        return 1 << max(0, (self.tuning.cast_values // max(dim, 1)).bit_length() - 1)
+
     def gather_rows(self, row_bytes: int, num_targets: int) -> int:
         """Return how many rows a gather reads at once. Each target gets its share of them in one write.
 
         For few targets the rows fit in a cache. For many targets there are more rows, so that each write stays long.
         """
-        return self._gather_rows(row_bytes, max(_MIN_GATHER_BYTES, num_targets * _WRITE_BYTES))
+        return self._gather_rows(row_bytes, max(self.tuning.gather_bytes, num_targets * self.tuning.write_bytes))
 
     def gather_many_rows(self, row_bytes: int, num_targets: int) -> int:
         """Return the same for long ranges: a store takes equally long to start any, and a delta keeps few rows."""
-        return self._gather_rows(row_bytes, max(_MOST_WINDOW_BYTES, num_targets * _WRITE_BYTES))
+        return self._gather_rows(row_bytes, max(_MOST_WINDOW_BYTES, num_targets * self.tuning.write_bytes))
 
     def _gather_rows(self, row_bytes: int, wanted: int) -> int:
         # a row is held twice: as read, and in its new order. Its id, owner and position in the order take 18 bytes more

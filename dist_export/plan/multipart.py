@@ -56,7 +56,9 @@ class FileParts:
     """Whether rows are gathered into the file. Then the bytes that ranks send are built on a disk first."""
 
 
-def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int, FileParts]:
+def plan_parts(
+    plan: SparsePlan, *, part_bytes: int, may_copy: bool, most_parts: int = MAX_PARTS
+) -> dict[int, FileParts]:
     """Return the parts of each output file, except files that are built as a whole on a disk before the upload.
 
     Rows are gathered into those files, and the store can copy no range of them.
@@ -65,6 +67,7 @@ def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int
         plan: the plan of the export.
         part_bytes: size of a part that a rank sends, at least 8 MiB. A part may have nearly twice as many bytes.
         may_copy: whether source and target are in one store.
+        most_parts: of an upload.
 
     Raises:
         PlanError: a shard that is too large for an upload in parts.
@@ -72,11 +75,11 @@ def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int
     gathered = set(np.unique(plan.files_of_runs).tolist())
     found = {}
     for number, file in enumerate(plan.files):
-        parts = _cut_remote(plan, number, part_bytes) if may_copy else None
+        parts = _cut_remote(plan, number, part_bytes, most_parts) if may_copy else None
         if parts is None and number in gathered:
             continue
         if parts is None:
-            grid = _grid_bytes(file.num_bytes, part_bytes, file.name)
+            grid = _grid_bytes(file.num_bytes, part_bytes, most_parts, file.name)
             starts = range(0, file.num_bytes, grid)
             parts = [Part(begin, min(begin + grid, file.num_bytes)) for begin in starts]
         has_remote = any(part.is_remote for part in parts)
@@ -98,7 +101,7 @@ def count_client_bytes(plan: SparsePlan, parts: dict[int, FileParts]) -> tuple[i
     return read, sent
 
 
-def _cut_remote(plan: SparsePlan, number: int, part_bytes: int) -> list[Part] | None:
+def _cut_remote(plan: SparsePlan, number: int, part_bytes: int, most_parts: int) -> list[Part] | None:
     """Return parts in which the store copies the long runs; None if there is no long run, or no allowed cut."""
     size = plan.files[number].num_bytes
     least = MIN_PART_BYTES
@@ -106,7 +109,7 @@ def _cut_remote(plan: SparsePlan, number: int, part_bytes: int) -> list[Part] | 
         parts = _cut_at(plan, number, part_bytes, least)
         if not any(part.is_remote for part in parts):
             return None
-        if len(parts) <= MAX_PARTS:
+        if len(parts) <= most_parts:
             return parts
         least *= 2  # too many parts: the ranks send the shorter runs, several in one part
     return None
@@ -144,12 +147,12 @@ def _cut_evenly(begin: int, end: int, count: int) -> list[Part]:
     return [Part(*edge) for edge in itertools.pairwise(edges)]
 
 
-def _grid_bytes(size: int, part_bytes: int, name: str) -> int:
-    while -(-size // part_bytes) > MAX_PARTS:
+def _grid_bytes(size: int, part_bytes: int, most_parts: int, name: str) -> int:
+    while -(-size // part_bytes) > most_parts:
         part_bytes *= 2
     if part_bytes > _MOST_GRID_BYTES:
         raise PlanError(
-            f"{name} would have {size:,} bytes, more than an S3 store takes in {MAX_PARTS:,} parts of "
+            f"{name} would have {size:,} bytes, more than an S3 store takes in {most_parts:,} parts of "
             f"{_MOST_GRID_BYTES >> 20} MiB; raise num_shards"
         )
     return part_bytes

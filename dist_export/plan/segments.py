@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint, Parts, SlotMeta
-from dist_export.plan.census import GRANULE_ROWS, Census
+from dist_export.plan.census import Census
 from dist_export.plan.gathers import Gathers, join_gathers
 from dist_export.plan.plan import Copies, SparsePlan
 
@@ -60,14 +60,14 @@ def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], G
         by_rows |= dict.fromkeys(np.unique(part[split]).tolist(), every)
         moved = np.flatnonzero(np.isin(part, np.array(list(by_rows), np.int64)))
         edges = np.flatnonzero(np.diff(part[moved], prepend=-1) | np.diff(granule[moved], prepend=-1))
-        number, first_row = part[moved[edges]], granule[moved[edges]] * GRANULE_ROWS
+        number, first_row = part[moved[edges]], granule[moved[edges]] * census.granule_rows
         columns = tuple(dict.fromkeys(tuple(chosen) for chosen in by_rows.values()))
         columns_of_part = {of_part: columns.index(tuple(chosen)) for of_part, chosen in by_rows.items()}
         gathers.append(
             Gathers(
                 part=number,
                 first_row=first_row,
-                num_rows=np.minimum(GRANULE_ROWS, parts.rows[number] - first_row),
+                num_rows=np.minimum(census.granule_rows, parts.rows[number] - first_row),
                 columns=columns,
                 columns_of=np.array([columns_of_part[of_part] for of_part in number.tolist()], np.int64),
                 bounds=np.append(edges, len(moved)),

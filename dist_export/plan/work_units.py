@@ -13,13 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.formats.digests import CHUNK_BYTES
 from dist_export.plan.disk_placement import owners_of
 from dist_export.plan.multipart import FileParts
 from dist_export.plan.plan import SparsePlan
-
-UNIT_BYTES = 256 << 20
-"""The most bytes that one unit moves: small enough to balance the ranks, large enough that claiming a unit costs little."""
+from dist_export.tuning import STANDARD, Tuning
 
 
 class Unit(NamedTuple):
@@ -62,6 +59,7 @@ def plan_units(
     counted: Collection[int] = (),
     by_parts: Mapping[int, FileParts] | None = None,
     placements: Mapping[int, int] | None = None,
+    tuning: Tuning = STANDARD,
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the units of the writing phase and those of the hashing phase after it.
 
@@ -72,13 +70,14 @@ def plan_units(
         by_parts: files that are uploaded in parts. They get one unit for each part.
         homes: the disk on which each file is built, if the ranks share no disk
             (:func:`~dist_export.plan.disk_placement.find_placements`).
+        tuning: the sizes of chunks and units.
     """
     placements = placements or {}
     by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
     copied = _CopiedBytes(plan)
     writing: list[Unit] = []
     hashing: list[Unit] = []
-    for number, begin, end, is_gathered, num_bytes in _list_runs(plan, copied, skip.union(by_parts)):
+    for number, begin, end, is_gathered, num_bytes in _list_runs(plan, copied, skip.union(by_parts), tuning):
         disk = placements.get(number, -1)
         if num_bytes or not is_gathered:
             writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes, disk=disk))
@@ -87,7 +86,7 @@ def plan_units(
     sent, built = _plan_part_units(by_parts, copied, placements)
     writing += sent
     hashing += built
-    gathers = _Gathers(plan, skip, counted, placements)
+    gathers = _Gathers(plan, skip, counted, placements, tuning.unit_bytes)
     if plan.checkpoint.memory is not None:
         by_owner: dict[int, list[int]] = {}
         for number, gather in enumerate(plan.gathers):
@@ -127,12 +126,18 @@ def _plan_part_units(
 
 
 class _Gathers:
-    """Joins neighbouring gathers of one table into units of up to UNIT_BYTES, because there may be many small parts."""
+    """Joins neighbouring gathers of one table into units of up to ``unit_bytes``, because there may be many small parts."""
 
     def __init__(
-        self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], placements: Mapping[int, int]
+        self,
+        plan: SparsePlan,
+        skip: frozenset[int],
+        counted: Collection[int],
+        placements: Mapping[int, int],
+        unit_bytes: int,
     ) -> None:
         self._plan = plan
+        self._unit_bytes = unit_bytes
         placement = np.full(len(plan.files), -1, np.int64)
         placement[list(placements)] = list(placements.values())
         is_skipped = np.zeros(len(plan.files), bool)
@@ -171,7 +176,7 @@ class _Gathers:
                 last_table = -1
                 continue
             is_next = table == last_table and units[-1].end == number
-            if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
+            if is_next and units[-1].num_bytes + num_bytes <= self._unit_bytes:
                 joined = units.pop()
                 first, whole, whole_reused = (
                     joined.begin,
@@ -196,12 +201,12 @@ class _Gathers:
         return row_bytes
 
 
-def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
+def plan_hash_units(plan: SparsePlan, files: list[int], *, tuning: Tuning = STANDARD) -> list[Unit]:
     """Return units that read whole files back, for files that are already in the target."""
     return [
         Unit("hash", number, begin, end, True, end - begin)
         for number in files
-        for begin, end, _ in _runs(plan.files[number].num_bytes, None)
+        for begin, end, _ in _runs(plan.files[number].num_bytes, None, tuning)
     ]
 
 
@@ -248,14 +253,15 @@ class _CopiedBytes:
 
 
 def _list_runs(
-    plan: SparsePlan, copied: _CopiedBytes, skip: frozenset[int]
+    plan: SparsePlan, copied: _CopiedBytes, skip: frozenset[int], tuning: Tuning
 ) -> Iterator[tuple[int, int, int, bool, int]]:
     """Yield number, begin, end, whether it has gathered rows, and other bytes, of each run of all files but ``skip``."""
+    gathered = _find_gathered_chunks(plan, tuning.chunk_bytes)
     found = [
         (number, *run)
-        for number, (file, is_gathered) in enumerate(zip(plan.files, _find_gathered_chunks(plan), strict=True))
+        for number, (file, is_gathered) in enumerate(zip(plan.files, gathered, strict=True))
         if number not in skip
-        for run in _runs(file.num_bytes, is_gathered)
+        for run in _runs(file.num_bytes, is_gathered, tuning)
     ]
     columns = np.array(found, np.int64).reshape(-1, 4).T
     sizes = np.where(columns[3], copied.within(*columns[:3]), columns[2] - columns[1])
@@ -263,31 +269,32 @@ def _list_runs(
         yield number, begin, end, is_gathered, num_bytes
 
 
-def _runs(num_bytes: int, is_gathered: np.ndarray | None) -> list[tuple[int, int, bool]]:
-    """Cut a file into runs of whole chunks, all gathered or none, of at most UNIT_BYTES. An empty file is one empty run.
+def _runs(num_bytes: int, is_gathered: np.ndarray | None, tuning: Tuning) -> list[tuple[int, int, bool]]:
+    """Cut a file into runs of whole chunks, all gathered or none, of at most a unit. An empty file is one empty run.
 
     ``is_gathered``: bool by chunk; None if no chunk has gathered rows.
     """
-    kinds = [False] * _count_chunks(num_bytes) if is_gathered is None else is_gathered.tolist()
+    chunk_bytes, unit_bytes = tuning.chunk_bytes, tuning.unit_bytes
+    kinds = [False] * _count_chunks(num_bytes, chunk_bytes) if is_gathered is None else is_gathered.tolist()
     runs: list[tuple[int, int, bool]] = []
     for chunk, kind in enumerate(kinds):
-        begin, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, num_bytes)
-        if runs and runs[-1][2] == kind and end - runs[-1][0] <= UNIT_BYTES:
+        begin, end = chunk * chunk_bytes, min((chunk + 1) * chunk_bytes, num_bytes)
+        if runs and runs[-1][2] == kind and end - runs[-1][0] <= unit_bytes:
             runs[-1] = (runs[-1][0], end, kind)
         else:
             runs.append((begin, end, kind))
     return runs
 
 
-def _count_chunks(num_bytes: int) -> int:
-    return max(1, -(-num_bytes // CHUNK_BYTES))
+def _count_chunks(num_bytes: int, chunk_bytes: int) -> int:
+    return max(1, -(-num_bytes // chunk_bytes))
 
 
-def _find_gathered_chunks(plan: SparsePlan) -> list[np.ndarray]:
+def _find_gathered_chunks(plan: SparsePlan, chunk_bytes: int) -> list[np.ndarray]:
     """Return for each output file which of its chunks (bool) hold gathered rows."""
     if not plan.files:
         return []
-    ends = np.cumsum([_count_chunks(file.num_bytes) for file in plan.files], dtype=np.int64)
+    ends = np.cumsum([_count_chunks(file.num_bytes, chunk_bytes) for file in plan.files], dtype=np.int64)
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     steps = np.zeros(int(ends[-1]) + 1, np.int64)
     """By how much the number of runs of rows in a chunk exceeds that in the chunk before it."""
@@ -298,6 +305,6 @@ def _find_gathered_chunks(plan: SparsePlan) -> list[np.ndarray]:
             first = plan.blocks.offset[block] + gathers.first_target_rows[runs] * slot.row_bytes
             last = first + gathers.counts[runs] * slot.row_bytes - 1  # less than first if rows have no bytes
             of_file = begins[plan.blocks.file[block]]
-            np.add.at(steps, of_file + first // CHUNK_BYTES, 1)
-            np.add.at(steps, of_file + last // CHUNK_BYTES + 1, -1)
+            np.add.at(steps, of_file + first // chunk_bytes, 1)
+            np.add.at(steps, of_file + last // chunk_bytes + 1, -1)
     return np.split(np.cumsum(steps[:-1]) > 0, ends[:-1])

@@ -28,29 +28,29 @@ _THREADS, _STORE_THREADS = 2, 16
 """A store answers one request slowly and many at once."""
 
 
-def read_norms(package: Package, *, sample_rows: int) -> dict[str, NormEntry | str]:
+def read_norms(package: Package, *, sample_rows: int, block_values: int = _BLOCK_VALUES) -> dict[str, NormEntry | str]:
     """Return what the rows of each table hold, or why they were not read. PackageError if the package is damaged.
 
-    Threads share the tables. Each holds one block of rows.
+    Threads share the tables. Each holds one block of rows, with about ``block_values`` values.
     """
     tables = package.manifest.tables
     count = min(len(tables), _THREADS if package.directory.is_local else _STORE_THREADS) or 1
 
     def read(share: tuple[TableEntry, ...]) -> dict[str, NormEntry | str]:
-        return {table.name: _read_table(package, table, sample_rows) for table in share}
+        return {table.name: _read_table(package, table, sample_rows, block_values) for table in share}
 
     shares = run_threads(read, [tables[number::count] for number in range(count)])
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def _read_table(package: Package, table: TableEntry, sample_rows: int) -> NormEntry | str:
+def _read_table(package: Package, table: TableEntry, sample_rows: int, block_values: int) -> NormEntry | str:
     slot = embedding_of(table)
     if slot is None:
         return "the table has no embedding"
     if slot.dtype in CODE_BY_TORCH and not row_bytes_of(slot):
         return "its rows have no values"
     counter = NormCounter()
-    block_rows = max(1, _BLOCK_VALUES // max(1, math.prod(slot.shape)))
+    block_rows = max(1, block_values // max(1, math.prod(slot.shape)))
     rows = [part.rows for part in table.parts]
     for run in choose_runs(rows, sample_rows=sample_rows, block_rows=block_rows):
         stored = package.read_run(table.name, run.part, run.first, run.last).rows

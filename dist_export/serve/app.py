@@ -57,10 +57,10 @@ class Metrics:
             gauge.set_function(value)
 
 
-def build_app(watcher: Watcher, *, workers: int | None = None) -> FastAPI:
+def build_app(watcher: Watcher, *, workers: int | None = None, most_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """Return the server of what ``watcher`` serves. It starts and stops the watcher.
 
-    ``workers``: how many requests are computed at once; None takes the number of cores.
+    ``workers``: how many requests are computed at once; None takes the number of cores. ``most_bytes``: of the body of a request.
     """
     metrics = Metrics(watcher)
     pool = concurrent.futures.ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="infer")
@@ -83,7 +83,7 @@ def build_app(watcher: Watcher, *, workers: int | None = None) -> FastAPI:
         begin, code = time.perf_counter(), 500
         served, model = _find(watcher, name, version)
         try:
-            body = await _read_body(request)
+            body = await _read_body(request, most_bytes)
             loop = asyncio.get_running_loop()
             length = request.headers.get(HEADER_LENGTH)
             response = await loop.run_in_executor(pool, _answer, watcher, served, model, body, length)
@@ -162,7 +162,7 @@ def _find(watcher: Watcher, name: str, version: str | None) -> tuple[Served, Mod
     return served, served.models[name]
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request, most_bytes: int) -> bytes:
     """Return the body of a request, decompressed."""
     encoding = request.headers.get("Content-Encoding", "identity").lower()
     if encoding not in ("identity", "gzip", "deflate"):
@@ -173,12 +173,12 @@ async def _read_body(request: Request) -> bytes:
     )
     async for chunk in request.stream():
         try:
-            piece = chunk if unpacker is None else unpacker.decompress(chunk, MAX_BODY_BYTES + 1 - size)
+            piece = chunk if unpacker is None else unpacker.decompress(chunk, most_bytes + 1 - size)
         except zlib.error as error:
             raise HTTPException(400, f"the body is no {encoding}: {error}") from None
         size += len(piece)
-        if size > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES:,} bytes; send fewer examples at once")
+        if size > most_bytes:
+            raise HTTPException(413, f"the body has more than {most_bytes:,} bytes; send fewer examples at once")
         pieces.append(piece)
     if unpacker is not None and not unpacker.eof:
         raise HTTPException(400, f"the body ends before its {encoding} data does")

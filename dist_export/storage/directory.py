@@ -19,6 +19,7 @@ from dist_export.redact import redact_text
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.local_io import naming_any
 from dist_export.storage.range_reader import RangeReader
+from dist_export.tuning import STANDARD
 
 if TYPE_CHECKING:
     from dist_export.storage.s3 import S3
@@ -371,16 +372,13 @@ class Directory:
         return f". It holds the directories {', '.join(folders[:_SHOWN_FOLDERS])}{more}: give one of them"
 
 
-def digest_file(directory: Directory, name: str, algorithm: str = XXH3) -> str:
+def digest_file(
+    directory: Directory, name: str, algorithm: str = XXH3, *, chunk_bytes: int = STANDARD.chunk_bytes
+) -> str:
     """Return the digest of a file. The file is read once, through a small buffer."""
-    return digest_pieces(read_pieces(directory, name), algorithm)
-
-
-def read_pieces(directory: Directory, name: str) -> Iterator[memoryview]:
-    """Yield a file's content from start to end, in one reused buffer of 1 MiB."""
     size = directory.stat(name).size
     with directory.open_reader(name) as reader:
-        yield from pieces_of(reader, size)
+        return digest_pieces(pieces_of(reader, size), algorithm, chunk_bytes=chunk_bytes)
 
 
 def pieces_of(reader: RangeReader, num_bytes: int, begin: int = 0) -> Iterator[memoryview]:

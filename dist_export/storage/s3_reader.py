@@ -21,9 +21,30 @@ NEAR_BYTES = 64 << 10
 class S3Reader(RangeReader):
     """An object of S3. The first read also fetches the bytes after it, so that a header takes one request."""
 
-    def __init__(self, where: str, s3: S3, path: str, *, etag: str = "") -> None:
-        """Send no request yet: the first read fails if the object is missing. With ``etag``, only that version is read."""
+    def __init__(
+        self,
+        where: str,
+        s3: S3,
+        path: str,
+        *,
+        etag: str = "",
+        head_bytes: int = _HEAD_BYTES,
+        request_bytes: int = _REQUEST_BYTES,
+        near_bytes: int = NEAR_BYTES,
+    ) -> None:
+        """Send no request yet: the first read fails if the object is missing. With ``etag``, only that version is read.
+
+        Args:
+            where: names the object in messages.
+            s3: the store.
+            path: the object there.
+            etag: of the version.
+            head_bytes: how much the first small read fetches.
+            request_bytes: size of one request.
+            near_bytes: a gap up to this size is read too.
+        """
         self.where = where
+        self._head_bytes, self._request_bytes, self._near_bytes = head_bytes, request_bytes, near_bytes
         self._s3 = s3
         self._path = path
         self._etag = etag
@@ -46,7 +67,7 @@ class S3Reader(RangeReader):
         ACTIVITY.begin(self.where)
         try:
             with naming_any(self.where):
-                for group in _group_ranges(ranges):
+                for group in _group_ranges(ranges, request_bytes=self._request_bytes, near_bytes=self._near_bytes):
                     found = self._s3.get_ranges(self._path, [(begin, end) for begin, end, _ in group], etag=self._etag)
                     for (begin, _, members), data in zip(group, found, strict=True):
                         for number in members:
@@ -61,7 +82,8 @@ class S3Reader(RangeReader):
 
     def fetch(self, begin: int, end: int) -> bytes:
         """Return a range; its pieces are requested at once. EndedError if the object ends before the range does."""
-        pieces = [(first, min(first + _REQUEST_BYTES, end)) for first in range(begin, end, _REQUEST_BYTES)]
+        step = self._request_bytes
+        pieces = [(first, min(first + step, end)) for first in range(begin, end, step)]
         with naming_any(self.where):
             found = self._s3.get_ranges(self._path, pieces, etag=self._etag)
         data = found[0] if len(found) == 1 else b"".join(found)
@@ -71,20 +93,20 @@ class S3Reader(RangeReader):
 
     def _fill(self, view: memoryview, offset: int) -> None:
         end = offset + len(view)
-        if offset < _HEAD_BYTES and end <= _HEAD_BYTES and not self._head and len(view):
+        if offset < self._head_bytes and end <= self._head_bytes and not self._head and len(view):
             with naming_any(self.where):
-                self._head = self._s3.get(self._path, 0, _HEAD_BYTES, etag=self._etag)
+                self._head = self._s3.get(self._path, 0, self._head_bytes, etag=self._etag)
         done = self._head[offset:end]
         if done:
             view[: len(done)] = done
         if len(done) < len(view):
-            if self._head and len(self._head) < _HEAD_BYTES:  # the whole object is in the head
+            if self._head and len(self._head) < self._head_bytes:  # the whole object is in the head
                 raise self.ended(max(len(self._head), offset), end - max(len(self._head), offset))
             view[len(done) :] = self.fetch(offset + len(done), end)
 
 
 def _group_ranges(
-    ranges: Sequence[tuple[memoryview, int]],
+    ranges: Sequence[tuple[memoryview, int]], *, request_bytes: int, near_bytes: int
 ) -> Iterator[list[tuple[int, int, list[int]]]]:
     """Yield groups of requests to send at once: (first byte, byte after the last, indices of ``ranges`` inside it)."""
     group: list[tuple[int, int, list[int]]] = []
@@ -92,7 +114,7 @@ def _group_ranges(
     for number in sorted(range(len(ranges)), key=lambda number: ranges[number][1]):
         view, offset = ranges[number]
         end = offset + len(view)
-        if group and offset - group[-1][1] <= NEAR_BYTES and end - group[-1][0] <= _REQUEST_BYTES:
+        if group and offset - group[-1][1] <= near_bytes and end - group[-1][0] <= request_bytes:
             begin, last, members = group[-1]
             members.append(number)
             group[-1] = (begin, max(last, end), members)

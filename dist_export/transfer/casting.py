@@ -15,7 +15,6 @@ from dist_export._version import VERSION
 from dist_export.errors import TransferError
 from dist_export.formats.row_encodings import RowCast
 from dist_export.plan.casts import CastCount, cast_of
-from dist_export.plan.memory_budget import cast_rows
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
 
@@ -28,6 +27,7 @@ def cast_blocks(
     rows: np.ndarray,
     out: np.ndarray,
     *,
+    step: int,
     count: CastCount,
     first_row: int,
     dropped: np.ndarray,
@@ -39,13 +39,13 @@ def cast_blocks(
         cast: the cast.
         rows: uint8, (n, source_bytes). Dropped rows are overwritten.
         out: uint8, (n, target_bytes). It is filled.
-        count: the losses of the gather's rows before these. Their number is a multiple of ``cast_rows``.
+        step: how many rows are cast at once, :meth:`~dist_export.plan.memory_budget.MemoryBudget.cast_rows` of this cast.
+        count: the losses of the gather's rows before these. Their number is a multiple of ``step``.
         first_row: the number of the first of these rows within its part.
         dropped: which of these rows are dropped or pruned (int64, relative to the first). They are not counted.
         id_of: returns the id of a row of the part.
     """
     rows[dropped] = 0
-    step = cast_rows(cast.dim)
     total, worst, nans, beyond = count.total, count.worst, count.nans, count.out_of_range
     first = -1
     for begin in range(0, len(rows), step):

@@ -22,6 +22,7 @@ from dist_export.plan.prune import Pruning
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import run_threads
 from dist_export.transfer.prune_filter import PruneReader
+from dist_export.tuning import Tuning
 
 _EXCHANGED_ROWS = 1 << 16
 """Rows that all ranks together exchange at a time. gloo allocates the size of the largest share for every rank."""
@@ -114,7 +115,8 @@ def find_duplicate_rows(
     def look() -> np.ndarray:
         room = most + ids.shape[1]
         found = run_threads(
-            lambda share: _locate(checkpoint, np.array(share, np.int64), sieves, room, most, pruning), mine
+            lambda share: _locate(checkpoint, np.array(share, np.int64), sieves, room, most, pruning, budget.tuning),
+            mine,
         )
         return np.concatenate([np.zeros((3, 0), np.int64), *(piece for pieces in found for piece in pieces)], axis=1)
 
@@ -144,6 +146,7 @@ def _locate(
     room: int,
     most: int,
     pruning: Pruning | None,
+    tuning: Tuning,
 ) -> list[np.ndarray]:
     """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts whose id is in the sieve of their table.
 
@@ -154,8 +157,8 @@ def _locate(
     count = 0
     file, offset = checkpoint.blocks.file[parts, 0], checkpoint.blocks.offset[parts, 0]
     with open_sources(checkpoint) as readers, RowReader(checkpoint) as slots:
-        prune = PruneReader(checkpoint, pruning, slots) if pruning else None
-        for run in read_runs(readers, file, offset, checkpoint.parts.rows[parts]):
+        prune = PruneReader(checkpoint, pruning, slots, piece_bytes=tuning.rule_bytes) if pruning else None
+        for run in read_runs(readers, file, offset, checkpoint.parts.rows[parts], run_rows=tuning.run_rows):
             rows = _find_in_run(run, checkpoint.parts.table[parts[run.blocks]], sieves)
             if not len(rows):
                 continue
@@ -198,10 +201,10 @@ class _Sieve:
     Safe to use from any thread.
     """
 
-    def __init__(self, ids: np.ndarray) -> None:
-        """Build the sieve for ``ids``: int64, sorted, without duplicates, at least one."""
+    def __init__(self, ids: np.ndarray, *, most_bits: int = _MAX_SIEVE_BITS) -> None:
+        """Build the sieve for ``ids``: int64, sorted, without duplicates, at least one. ``most_bits``: of an index into it."""
         self._ids = ids
-        bits = min(_MAX_SIEVE_BITS, len(ids).bit_length() + 4)  # few ids get a small sieve: there may be many tables
+        bits = min(most_bits, len(ids).bit_length() + 4)  # few ids get a small sieve: there may be many tables
         self._shift = np.uint64(64 - bits)
         self._may_hold = np.zeros(1 << bits, bool)
         self._may_hold[(mix(ids) >> self._shift).view(np.int64)] = True

@@ -18,9 +18,8 @@ from dist_export.formats.digests import NONE, root_digest
 from dist_export.plan.casts import casts_by_table
 from dist_export.plan.disk_placement import find_placements
 from dist_export.plan.memory_budget import MemoryBudget
-from dist_export.plan.multipart import plan_parts
 from dist_export.plan.plan import SparsePlan
-from dist_export.plan.work_units import UNIT_BYTES, Unit, plan_hash_units, plan_units
+from dist_export.plan.work_units import Unit, plan_hash_units, plan_units
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import run_threads
 from dist_export.storage.directory import Directory
@@ -28,7 +27,7 @@ from dist_export.storage.range_reader import OpenReaders, RangeReader, share_des
 from dist_export.storage.s3 import UploadedPart
 from dist_export.storage.staging import Staging
 from dist_export.transfer.casting import Counts, read_counts, write_counts
-from dist_export.transfer.multipart_upload import Begun, PartWriter, Uploads
+from dist_export.transfer.multipart_upload import Begun, PartWriter, plan_uploads
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.resume import Receipts
 from dist_export.transfer.shared_disks import share_disks
@@ -75,7 +74,9 @@ class Transfer:
         self._in_place = in_place
         self._count_bytes = count_bytes
         self._staging = Staging(target)
-        self._uploads = _plan_uploads(plan, target, budget, may_copy=may_copy, digest=digest) if not in_place else None
+        self._uploads = (
+            plan_uploads(plan, target, budget.part_bytes, may_copy=may_copy, digest=digest) if not in_place else None
+        )
         self._receipts = Receipts(plan, target, self._uploads, digest=digest)
         self._digests: ChunkDigests = {}
         self._reused: dict[int, Receipt] = {}
@@ -127,7 +128,7 @@ class Transfer:
 
         candidates, vouched, counted = ranks.all_gather("look for an interrupted export", look)[0]
         if self._in_place:
-            self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
+            self._hashing = plan_hash_units(plan, list(range(len(plan.files))), tuning=self._budget.tuning)
             return
         self._reused = self._find_whole(candidates) | vouched
         remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
@@ -136,7 +137,12 @@ class Transfer:
         if built and not self._target.is_local and ranks.world_size > 1:
             self._share_disks(built)
         self._writing, self._hashing = plan_units(
-            plan, skip=frozenset(self._reused), counted=counted, by_parts=remote, placements=self._placements
+            plan,
+            skip=frozenset(self._reused),
+            counted=counted,
+            by_parts=remote,
+            placements=self._placements,
+            tuning=self._budget.tuning,
         )
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
@@ -151,7 +157,7 @@ class Transfer:
         """Return the shards of an interrupted export that still have the digest of their receipt. All ranks."""
         if not candidates or self._digest == NONE:
             return candidates
-        ranks, units = self._ranks, plan_hash_units(self._plan, sorted(candidates))
+        ranks, units = self._ranks, plan_hash_units(self._plan, sorted(candidates), tuning=self._budget.tuning)
 
         def hash_again() -> ChunkDigests:
             hashed = self._run_units("reuse", units, self._open_final, is_counted=False)
@@ -316,7 +322,7 @@ class Transfer:
                 if unit.number in self._pieces:
                     pending[unit.number, unit.begin] = chunks
             uncounted += unit.num_bytes if runner.counts else 0
-            if uncounted >= UNIT_BYTES:
+            if uncounted >= self._budget.tuning.unit_bytes:
                 self._keep_counts(runner.counts)
                 uncounted = 0
             if is_counted:
@@ -389,12 +395,3 @@ class Transfer:
 
     def _open_final(self, number: int) -> RangeReader:
         return self._target.open_reader(self._plan.files[number].name)
-
-
-def _plan_uploads(
-    plan: SparsePlan, target: Directory, budget: MemoryBudget, *, may_copy: bool, digest: str
-) -> Uploads | None:
-    if target.s3 is None:
-        return None
-    parts = plan_parts(plan, part_bytes=budget.part_bytes, may_copy=may_copy)
-    return Uploads(plan, target, parts, needs_sha256=digest != NONE)

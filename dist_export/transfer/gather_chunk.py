@@ -10,7 +10,7 @@ import numpy as np
 from dist_export.formats.recis import hash_slots
 from dist_export.plan.casts import cast_of
 from dist_export.plan.gathers import Gather
-from dist_export.plan.memory_budget import MemoryBudget, cast_rows
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.plan import SparsePlan
 
 
@@ -42,7 +42,7 @@ class Chunk:
         is_delta = plan.pruning is not None and plan.pruning.same is not None
         is_long = is_delta or plan.checkpoint.directory.s3 is not None
         count_rows = budget.gather_many_rows if is_long else budget.gather_rows
-        self._step = max((cast_rows(cast.dim) for cast in self.casts.values()), default=1)
+        self._step = max((budget.cast_rows(cast.dim) for cast in self.casts.values()), default=1)
         self._capacity = max(1, count_rows(widest, num_targets) // self._step) * self._step
         self.pieces: list[Piece] = []
         self.num_rows = 0

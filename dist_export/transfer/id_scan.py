@@ -10,16 +10,16 @@ from dist_export.checkpoint.id_reader import open_sources, read_id_runs, read_id
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.recis import hash_slots, mix
-from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun
 from dist_export.ids.duplicates import HeldIds
 from dist_export.kernels.protocol import IdSweep
 from dist_export.kernels.selection import select_kernels
-from dist_export.plan.census import GRANULE_ROWS, Census, PrunedRows, UniqueTask, prune_none
+from dist_export.plan.census import Census, PrunedRows, UniqueTask, prune_none
 from dist_export.plan.prune import KEPT, Pruning
 from dist_export.plan.target_slices import Targets
 from dist_export.transfer.duplicates import DuplicateIds
 from dist_export.transfer.prune_filter import PruneReader
+from dist_export.tuning import STANDARD, Tuning
 
 
 def take_census(
@@ -30,6 +30,7 @@ def take_census(
     held_ids: int,
     duplicates: DuplicateIds | None = None,
     pruning: Pruning | None = None,
+    tuning: Tuning = STANDARD,
 ) -> Census:
     """Count a share of the parts. Each rank has its own share and issues no collective.
 
@@ -38,29 +39,42 @@ def take_census(
             larger parts.
         repeated: collects duplicates; by default the first one is an error.
         pruning: rules of ``prune``. Pruned rows are counted separately. Only slots that rules read are read.
+        tuning: the sizes of runs of ids and of granules.
 
     Raises:
         CheckpointError: one part, or parts that are read together, have a duplicate, and that is an error.
     """
     numbers = np.array(parts, np.int64)
     with open_sources(checkpoint) as readers, RowReader(checkpoint) as rows:
-        prune = PruneReader(checkpoint, pruning, rows) if pruning else None
+        prune = PruneReader(checkpoint, pruning, rows, piece_bytes=tuning.rule_bytes) if pruning else None
         pruned = prune_none(len(numbers), pruning.most_rules) if pruning else None
         counter = _Counter(
-            checkpoint, targets, numbers, held_ids, duplicates or DuplicateIds(checkpoint, most=None), prune, pruned
+            checkpoint,
+            targets,
+            numbers,
+            held_ids,
+            duplicates or DuplicateIds(checkpoint, most=None),
+            prune,
+            pruned,
+            tuning,
         )
         if len(numbers):  # a checkpoint without tables has no column of ids
-            for run in read_id_runs(checkpoint, readers, numbers):
+            for run in read_id_runs(checkpoint, readers, numbers, run_rows=tuning.run_rows):
                 counter.count(run)
     return counter.census()
 
 
 def check_unique(
-    checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int, duplicates: DuplicateIds | None = None
+    checkpoint: Checkpoint,
+    tasks: Sequence[UniqueTask],
+    *,
+    held_ids: int,
+    duplicates: DuplicateIds | None = None,
+    run_rows: int = STANDARD.run_rows,
 ) -> None:
     """Search a share of the tasks for duplicates. ``repeated`` collects them; by default the first one is an error."""
     for task in tasks:
-        _search(checkpoint, task, held_ids, duplicates or DuplicateIds(checkpoint, most=None))
+        _search(checkpoint, task, held_ids, duplicates or DuplicateIds(checkpoint, most=None), run_rows)
 
 
 _FIRST = np.zeros(1, np.int64)
@@ -82,8 +96,10 @@ class _Counter:
         duplicates: DuplicateIds,
         prune: PruneReader | None,
         pruned: PrunedRows | None,
+        tuning: Tuning,
     ) -> None:
         self._checkpoint = checkpoint
+        self._granule_rows = tuning.granule_rows
         self._prune = prune
         self._pruned = pruned
         self._duplicates = duplicates
@@ -91,7 +107,7 @@ class _Counter:
         self._parts = parts
         rows = checkpoint.parts.rows[parts]
         has_ids = np.array([table.has_ids for table in checkpoint.tables], bool)[checkpoint.parts.table[parts]]
-        self._is_held = (rows > id_columns.RUN_ROWS) & (rows <= held_ids) & has_ids
+        self._is_held = (rows > tuning.run_rows) & (rows <= held_ids) & has_ids
         """Which parts come in several runs. Their ids are held until the last run."""
         self._held = HeldIds(int(rows[self._is_held].max(initial=0)))
         self._runs: list[np.ndarray] = []
@@ -112,6 +128,7 @@ class _Counter:
             misplaced=self._misplaced,
             id_sum=self._id_sum,
             pruned=self._pruned,
+            granule_rows=self._granule_rows,
         )
 
     def count(self, run: IdRun) -> None:
@@ -190,7 +207,7 @@ class _Counter:
         lowest, highest = int(sweep.lowest[0]), int(sweep.highest[0])
         self._misplaced[row : row + 1] += sweep.outside
         self._id_sum[row : row + 1] += sweep.id_sums  # as an array: a scalar would warn of the overflow
-        if run.first_row % GRANULE_ROWS == 0:
+        if run.first_row % self._granule_rows == 0:
             self._counts = np.zeros(len(target.slices), np.int64)
         kept = self._leave_out_pruned(row, run.first_row, ids, target.size, sweep)
         owner = target.single_owner(lowest, highest, own=own)
@@ -198,9 +215,9 @@ class _Counter:
             self._counts += target.count_owners(kept, own=own)[1]
         else:
             self._counts[owner] += len(kept)
-        if last_row % GRANULE_ROWS == 0 or last_row == num_rows:
+        if last_row % self._granule_rows == 0 or last_row == num_rows:
             present = np.flatnonzero(self._counts)
-            granule = np.full_like(present, run.first_row // GRANULE_ROWS)
+            granule = np.full_like(present, run.first_row // self._granule_rows)
             self._runs.append(np.stack([np.full_like(present, part), granule, present, self._counts[present]]))
 
     def _search_piece(self, run: IdRun) -> None:
@@ -268,9 +285,9 @@ def _has_id(checkpoint: Checkpoint, tables: np.ndarray, rows: np.ndarray, ids: n
     return found
 
 
-def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, duplicates: DuplicateIds) -> None:
+def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, duplicates: DuplicateIds, run_rows: int) -> None:
     """Search the ids of a task for duplicates. If its bucket has more than ``held_ids`` ids, search each half of it."""
-    held = _collect(checkpoint, task, held_ids)
+    held = _collect(checkpoint, task, held_ids, run_rows)
     if held is None:
         for half in (0, 1):
             _search(
@@ -278,17 +295,18 @@ def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, duplicates:
                 task._replace(bucket=2 * task.bucket + half, bucket_bits=task.bucket_bits + 1),
                 held_ids,
                 duplicates,
+                run_rows,
             )
     elif held.has_duplicates():
         duplicates.add(held.sorted_ids(), task.parts)
 
 
-def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds | None:
+def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, run_rows: int) -> HeldIds | None:
     """Return the ids of a task's bucket; None if there are too many."""
     held = HeldIds(min(held_ids, int(checkpoint.parts.rows[list(task.parts)].sum())))
     shift = np.uint64(64 - task.bucket_bits)
     for part in task.parts:
-        for ids in read_ids(checkpoint, part):
+        for ids in read_ids(checkpoint, part, run_rows=run_rows):
             its = without_empty(checkpoint, part, ids)
             chosen = its[(mix(its) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else its
             if not held.add(chosen):

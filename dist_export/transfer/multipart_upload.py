@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import msgspec
 
 from dist_export.errors import TransferError
-from dist_export.plan.multipart import FileParts, Part
+from dist_export.formats.digests import NONE
+from dist_export.plan.multipart import FileParts, Part, plan_parts
 from dist_export.plan.plan import SparsePlan
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.directory import Directory
@@ -46,6 +47,16 @@ class Begun(msgspec.Struct, frozen=True):
 
     upload: str
     there: dict[int, UploadedPart]
+
+
+def plan_uploads(
+    plan: SparsePlan, target: Directory, part_bytes: int, *, may_copy: bool, digest: str
+) -> Uploads | None:
+    """Return the uploads of an export to S3, without a request to the store; None for another target."""
+    if target.s3 is None:
+        return None
+    parts = plan_parts(plan, part_bytes=part_bytes, may_copy=may_copy)
+    return Uploads(plan, target, parts, needs_sha256=digest != NONE)
 
 
 class Uploads:

@@ -9,9 +9,7 @@ import numpy as np
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.plan.prune import KEPT, Pruning, match_rules
-
-_PIECE_BYTES = 256 << 10
-"""Bytes of a slot that are read at once. As 64-bit numbers they take several times as much, and must fit a core's cache."""
+from dist_export.tuning import STANDARD
 
 IsPruned = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """(part, rows within the part, their ids) -> which of the rows are pruned (bool)."""
@@ -20,7 +18,10 @@ IsPruned = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 class PruneReader:
     """Evaluates rules, and reads only the slots that they use. One for each thread, with a separate reader."""
 
-    def __init__(self, checkpoint: Checkpoint, pruning: Pruning, reader: RowReader) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, pruning: Pruning, reader: RowReader, *, piece_bytes: int = STANDARD.rule_bytes
+    ) -> None:
+        self._piece_bytes = piece_bytes
         self._checkpoint = checkpoint
         self._pruning = pruning
         self._reader = reader
@@ -34,7 +35,7 @@ class PruneReader:
         """
         table = int(self._checkpoint.parts.table[part])
         slots = [self._checkpoint.tables[table].slots[column] for column in self._pruning.columns_of(table)]
-        step = max(1, _PIECE_BYTES // max([1, *(slot.row_bytes for slot in slots)])) if slots else len(ids)
+        step = max(1, self._piece_bytes // max([1, *(slot.row_bytes for slot in slots)])) if slots else len(ids)
         found = np.empty(len(ids), np.uint16)
         for first in range(0, len(ids), step):
             its = ids[first : first + step]

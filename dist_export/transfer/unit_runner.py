@@ -24,9 +24,6 @@ from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.picked_rows import is_worth_picking, read_picked
 from dist_export.transfer.prune_filter import PruneReader
 
-_BUFFER_BYTES = 1 << 20
-"""Bytes of one read, hash and write. They fit in a core's own cache, which makes them twice as fast as larger ones."""
-
 
 class UnitRunner:
     """Runs units of one plan, one after the other. It holds open files and one buffer. One for each thread."""
@@ -59,10 +56,14 @@ class UnitRunner:
         self._digest = digest
         self._skip = skip
         self._rows = RowReader(plan.checkpoint)
-        self._prune = PruneReader(plan.checkpoint, plan.pruning, self._rows) if plan.pruning else None
+        piece_bytes = budget.tuning.rule_bytes
+        self._prune = (
+            PruneReader(plan.checkpoint, plan.pruning, self._rows, piece_bytes=piece_bytes) if plan.pruning else None
+        )
         self.counts: Counts = {}
         """The losses of casts in the gathers that were run."""
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._buffer = memoryview(bytearray(budget.tuning.copy_bytes))
+        """It is read into, hashed and written at once."""
 
     def close(self) -> None:
         """Close the files that were opened for reading. The outputs belong to the caller."""
@@ -90,7 +91,7 @@ class UnitRunner:
             return []
         pieces = self._copy(unit, is_hashed=is_hashed) if unit.kind == "copy" else self._read_back(unit)
         if is_hashed:
-            return hash_chunks(pieces, self._digest)
+            return hash_chunks(pieces, self._digest, chunk_bytes=self._budget.tuning.chunk_bytes)
         for _ in pieces:  # the generator does the work
             pass
         return []
@@ -119,7 +120,7 @@ class UnitRunner:
                 begin += self._outputs.copy(unit.number, begin, source, begin + shift, end - begin)
             with source.ahead(begin + shift, end - begin, window_bytes=self._budget.window_bytes) as stream:
                 while begin < end:
-                    size = min(end - begin, _BUFFER_BYTES)
+                    size = min(end - begin, len(self._buffer))
                     piece = self._buffer[:size]
                     stream.read_into(piece)
                     self._outputs.write(unit.number, piece, begin)
@@ -130,8 +131,8 @@ class UnitRunner:
         reader = self._written[unit.number]
         window_bytes = self._budget.window_bytes
         with reader.ahead(unit.begin, unit.end - unit.begin, window_bytes=window_bytes) as stream:
-            for begin in range(unit.begin, unit.end, _BUFFER_BYTES):
-                piece = self._buffer[: min(_BUFFER_BYTES, unit.end - begin)]
+            for begin in range(unit.begin, unit.end, len(self._buffer)):
+                piece = self._buffer[: min(len(self._buffer), unit.end - begin)]
                 stream.read_into(piece)
                 yield piece
 
@@ -249,6 +250,7 @@ class UnitRunner:
                 cast,
                 rows[begin * cast.source_bytes : end * cast.source_bytes].reshape(num_rows, cast.source_bytes),
                 out[begin * cast.target_bytes : end * cast.target_bytes].reshape(num_rows, cast.target_bytes),
+                step=self._budget.cast_rows(cast.dim),
                 count=self.counts.get(number, CastCount()),
                 first_row=first_row,
                 dropped=dropped,

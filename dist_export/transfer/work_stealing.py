@@ -24,7 +24,14 @@ def open_queues(ranks: Ranks, phase: str, threads: int) -> None:
 
 
 def take_units(
-    ranks: Ranks, phase: str, units: list[Unit], *, worker: int, threads: int, disk_of_rank: Sequence[int] = ()
+    ranks: Ranks,
+    phase: str,
+    units: list[Unit],
+    *,
+    worker: int,
+    threads: int,
+    disk_of_rank: Sequence[int] = (),
+    in_sight: int = IN_SIGHT,
 ) -> Iterator[tuple[Unit, bool]]:
     """Yield units that no other thread gets, each with whether it was assigned to another rank. Stop if a rank fails.
 
@@ -39,6 +46,7 @@ def take_units(
         worker: the number of this thread among those of all ranks.
         threads: the number of threads of each rank.
         disk_of_rank: the disk that each rank sees, if units are bound to disks. Those units are taken first.
+        in_sight: how many queues a helper reads at once.
     """
     own = [
         unit for unit in units if unit.owner == ranks.rank
@@ -54,13 +62,20 @@ def take_units(
         disk = disk_of_rank[ranks.rank]
         neighbours = [number for number in everybody if disk_of_rank[number // threads] == disk]
         bound = [unit for unit in units if unit.disk == disk]
-        yield from _take(ranks, f"{phase}/disk", bound, neighbours, worker=worker, threads=threads)
+        yield from _take(ranks, f"{phase}/disk", bound, neighbours, worker=worker, threads=threads, in_sight=in_sight)
     common = [unit for unit in units if unit.disk < 0]
-    yield from _take(ranks, phase, common, everybody, worker=worker, threads=threads)
+    yield from _take(ranks, phase, common, everybody, worker=worker, threads=threads, in_sight=in_sight)
 
 
 def _take(
-    ranks: Ranks, phase: str, units: list[Unit], workers: Sequence[int], *, worker: int, threads: int
+    ranks: Ranks,
+    phase: str,
+    units: list[Unit],
+    workers: Sequence[int],
+    *,
+    worker: int,
+    threads: int,
+    in_sight: int,
 ) -> Iterator[tuple[Unit, bool]]:
     """Yield units of a list that ``workers`` share. ``worker`` is one of them."""
     mine = workers.index(worker)
@@ -71,7 +86,7 @@ def _take(
         if place is None:
             break
         yield units[queues[mine][place]], False
-    looks = _rows_to_check(mine, len(queues))
+    looks = _rows_to_check(mine, len(queues), in_sight)
     seen = next(looks)
     while not ranks.has_failure():
         taken = np.array(ranks.shared.count_taken([f"{phase}/{workers[number]}" for number in seen.tolist()]), np.int64)
@@ -106,15 +121,15 @@ def _deal(units: list[Unit], num_workers: int) -> _Dealt:
     return _Dealt(queues, np.cumsum(lengths) - lengths, lengths, bytes_until)
 
 
-def _rows_to_check(worker: int, num_queues: int) -> Iterator[np.ndarray]:
+def _rows_to_check(worker: int, num_queues: int, in_sight: int) -> Iterator[np.ndarray]:
     """Yield the sets of queues that a helper reads together: all of them, or LOOKS sets of the next ones after its own.
 
     If every helper read every queue, the job's store would read 10^8 counters for 10,000 workers. Hundreds of helpers still
     read every queue.
     """
-    if num_queues <= IN_SIGHT:
+    if num_queues <= in_sight:
         yield np.arange(num_queues)
         return
-    last = min(LOOKS * IN_SIGHT, num_queues)
-    for first in range(0, last, IN_SIGHT):
-        yield (worker + np.arange(first, min(first + IN_SIGHT, last))) % num_queues
+    last = min(LOOKS * in_sight, num_queues)
+    for first in range(0, last, in_sight):
+        yield (worker + np.arange(first, min(first + in_sight, last))) % num_queues

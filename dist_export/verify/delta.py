@@ -19,7 +19,6 @@ from dist_export.storage.directory import Directory
 from dist_export.verify.report import Report
 
 _CHECK = "delta"
-_PIECE_IDS = 1 << 20
 _DELETED = -1
 """In place of the number of a part: the deleted ids."""
 
@@ -70,15 +69,15 @@ def open_base(package: Package, given: Directory | None, report: Report) -> None
     _check_content(package, report)
 
 
-def cut_pieces(package: Package) -> list[Piece]:
+def cut_pieces(package: Package, *, piece_ids: int) -> list[Piece]:
     """Return the ids of a delta package in pieces, the same on every rank. The deleted ids are sound."""
     pieces = []
     for table in package.manifest.tables:
         sizes = [*enumerate(part.rows for part in table.parts), (_DELETED, _delta_of(table).deleted)]
         pieces += [
-            Piece(table.name, part, first, min(_PIECE_IDS, rows - first))
+            Piece(table.name, part, first, min(piece_ids, rows - first))
             for part, rows in sizes
-            for first in range(0, rows, _PIECE_IDS)
+            for first in range(0, rows, piece_ids)
         ]
     return pieces
 

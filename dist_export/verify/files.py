@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 
 from dist_export.errors import DistExportError
-from dist_export.formats import digests
 from dist_export.formats.digests import (
     SHA256,
     SHA256_PARTS,
@@ -24,6 +23,7 @@ from dist_export.manifest import MANIFEST, FileEntry, Manifest
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import RangeReader
+from dist_export.tuning import STANDARD
 from dist_export.verify.listing import Listing
 from dist_export.verify.report import Report
 from dist_export.verify.work_split import Work, cut
@@ -97,11 +97,11 @@ def find_parts(
     }
 
 
-def cut_files(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_files(work: Work, *, chunk_bytes: int = STANDARD.chunk_bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return file, first byte and bytes (int64) of each chunk, or part, of the files to hash."""
     files = enumerate(work.digest_files)
     sizes = [size if digest and place not in work.digest_parts else 0 for place, (_, size, digest) in files]
-    columns = [np.stack(cut(np.array(sizes, np.int64), digests.CHUNK_BYTES))]
+    columns = [np.stack(cut(np.array(sizes, np.int64), chunk_bytes))]
     for place, parts in work.digest_parts.items():
         num_bytes = np.array([size for size, _ in parts], np.int64)
         columns.append(np.stack([np.full_like(num_bytes, place), np.cumsum(num_bytes) - num_bytes, num_bytes]))
@@ -110,9 +110,11 @@ def cut_files(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return file[is_needed], first[is_needed], size[is_needed]
 
 
-def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDigests]:
+def hash_share(
+    directory: Directory, work: Work, chosen: slice, *, chunk_bytes: int = STANDARD.chunk_bytes
+) -> list[ChunkDigests]:
     """Hash a run of the chunks of :func:`cut_files`. Any rank, any thread."""
-    file, first, size = (column[chosen] for column in cut_files(work))
+    file, first, size = (column[chosen] for column in cut_files(work, chunk_bytes=chunk_bytes))
     edges = np.flatnonzero(np.diff(file)) + 1
     found = []
     for numbers, begins, sizes in zip(*(np.split(column, edges) for column in (file, first, size)), strict=True):
@@ -120,7 +122,7 @@ def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDig
             continue
         path, _, digest = work.digest_files[numbers[0]]
         begin = int(begins[0])
-        where = int(numbers[0]), begin // digests.CHUNK_BYTES
+        where = int(numbers[0]), begin // chunk_bytes
         try:
             with directory.open_reader(path) as reader:
                 if int(numbers[0]) in work.digest_parts:
@@ -132,7 +134,8 @@ def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDig
                     found.append(ChunkDigests(int(numbers[0]), begin, tuple(hashed)))
                     continue
                 pieces = _read_pieces(reader, begin, begin + int(sizes.sum()))
-                found.append(ChunkDigests(*where, tuple(hash_chunks(pieces, algorithm_of(digest)))))
+                hashes = hash_chunks(pieces, algorithm_of(digest), chunk_bytes=chunk_bytes)
+                found.append(ChunkDigests(*where, tuple(hashes)))
         except DistExportError as error:
             found.append(ChunkDigests(*where, (), fact_of(error)))
         except OSError as error:

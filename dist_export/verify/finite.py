@@ -12,11 +12,8 @@ from dist_export.formats.row_encodings import F32, TAIL_BYTES
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.work_split import Work, cut
-
-_PIECE_BYTES = 16 << 20
-_BUFFER_BYTES = 1 << 18
-"""Intermediate results for this many bytes stay in a core's cache. It is a multiple of every item size."""
 
 
 class _Bits(NamedTuple):
@@ -51,26 +48,27 @@ class Odd(NamedTuple):
     error: str = ""
 
 
-def cut_values(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_values(work: Work, piece_bytes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return block, first byte and bytes (int64) of each piece."""
-    return cut(work.value_bytes, _PIECE_BYTES)
+    return cut(work.value_bytes, piece_bytes)
 
 
-def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
+def scan_share(directory: Directory, work: Work, chosen: slice, *, tuning: Tuning = STANDARD) -> list[Odd]:
     """Scan a run of the pieces of :func:`cut_values`. Any rank, any thread."""
     found: list[Odd] = []
-    buffer = np.empty(_BUFFER_BYTES, np.uint8)
-    columns = (column[chosen].tolist() for column in cut_values(work))
+    scan_bytes = tuning.scan_bytes
+    buffer = np.empty(scan_bytes, np.uint8)
+    columns = (column[chosen].tolist() for column in cut_values(work, tuning.value_bytes))
     with OpenReaders(lambda number: directory.open_reader(work.shards[number])) as readers:
         for block, begin, size in zip(*columns, strict=True):
             if work.value_width[block]:
-                found += _scan_tails(readers, work, block, begin, size)
+                found += _scan_tails(readers, work, block, begin, size, scan_bytes)
                 continue
             unsigned, exponent = BITS[int(work.value_dtype[block])]
             itemsize = np.dtype(unsigned).itemsize
             try:
-                for offset in range(begin, begin + size, _BUFFER_BYTES):
-                    piece = buffer[: min(_BUFFER_BYTES, begin + size - offset)]
+                for offset in range(begin, begin + size, scan_bytes):
+                    piece = buffer[: min(scan_bytes, begin + size - offset)]
                     position = int(work.value_offset[block]) + offset
                     readers[int(work.value_file[block])].read_into(piece.data, position)
                     odd = _look(piece.view(unsigned), exponent, block, offset // itemsize)
@@ -82,11 +80,11 @@ def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
     return _add(found)
 
 
-def _scan_tails(readers: OpenReaders, work: Work, block: int, begin: int, size: int) -> list[Odd]:
+def _scan_tails(readers: OpenReaders, work: Work, block: int, begin: int, size: int, scan_bytes: int) -> list[Odd]:
     """Scan scale and bias of the rows of ``int8_rowwise`` that begin in these bytes of a block."""
     width = int(work.value_width[block])
     found: list[Odd] = []
-    step = max(1, _BUFFER_BYTES // width)
+    step = max(1, scan_bytes // width)
     last = -(-(begin + size) // width)
     try:
         for first in range(-(-begin // width), last, step):

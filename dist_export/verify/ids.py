@@ -14,17 +14,14 @@ import numpy as np
 
 from dist_export.errors import DistExportError
 from dist_export.formats.recis import Slice, is_in_slice, mix
-from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun, read_runs
 from dist_export.ids.duplicates import HeldIds
 from dist_export.kernels.selection import select_kernels
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.work_split import Work, cut
-
-_PIECE_ROWS = 1 << 22
-"""Ids in a piece. Columns that do not fit in memory are counted in pieces."""
 
 _GPU_KEYS = np.uint64((1 << 64) - 2)
 """The smaller of -1 and -2 as unsigned integers."""
@@ -65,19 +62,22 @@ class UniqueTask(NamedTuple):
     bucket_bits: int
 
 
-def cut_ids(work: Work, held_ids: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_ids(work: Work, held_ids: int, piece_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return column, first row and rows (int64) of each piece of the id columns."""
-    return cut(work.id_rows, _PIECE_ROWS, most_whole=held_ids)
+    return cut(work.id_rows, piece_rows, most_whole=held_ids)
 
 
-def count_share(directory: Directory, work: Work, chosen: slice, *, held_ids: int) -> IdCounts:
+def count_share(
+    directory: Directory, work: Work, chosen: slice, *, held_ids: int, tuning: Tuning = STANDARD
+) -> IdCounts:
     """Count a run of the pieces of :func:`cut_ids`. Any rank, any thread."""
-    column, first, rows = (its[chosen] for its in cut_ids(work, held_ids))
-    counter = _Counter(work, column, first, rows, held_ids)
+    column, first, rows = (its[chosen] for its in cut_ids(work, held_ids, tuning.verified_ids))
+    counter = _Counter(work, column, first, rows, held_ids, tuning.run_rows)
+    offset = work.id_offset[column] + first * 8
     errors = []
     try:
         with _open(directory, work) as readers:
-            for run in read_runs(readers, work.id_file[column], work.id_offset[column] + first * 8, rows):
+            for run in read_runs(readers, work.id_file[column], offset, rows, run_rows=tuning.run_rows):
                 counter.count(run)
     except (DistExportError, OSError) as error:
         errors.append(_name_error(error, work))
@@ -110,12 +110,19 @@ def plan_unique(work: Work, is_proven: np.ndarray, *, held_ids: int) -> list[Uni
     return tasks
 
 
-def search(directory: Directory, work: Work, tasks: list[UniqueTask], *, held_ids: int) -> list[Duplicates]:
+def search(
+    directory: Directory,
+    work: Work,
+    tasks: list[UniqueTask],
+    *,
+    held_ids: int,
+    run_rows: int = STANDARD.run_rows,
+) -> list[Duplicates]:
     """Search a share of the tasks. Any rank, any thread. Raises OSError or TransferError if a file cannot be read."""
     found = []
     with _open(directory, work) as readers:
         for task in tasks:
-            found += _search(readers, work, task, held_ids)
+            found += _search(readers, work, task, held_ids, run_rows)
     return found
 
 
@@ -151,14 +158,16 @@ def add_duplicates(found: list[Duplicates]) -> list[Duplicates]:
 class _Counter:
     """Counts runs of ids, and searches them for duplicates."""
 
-    def __init__(self, work: Work, column: np.ndarray, first: np.ndarray, rows: np.ndarray, held_ids: int) -> None:
+    def __init__(
+        self, work: Work, column: np.ndarray, first: np.ndarray, rows: np.ndarray, held_ids: int, run_rows: int
+    ) -> None:
         self._work = work
         self._column = column
         self._first = first
         # longer columns, and tables whose slices are not disjoint, are searched later
         self._is_searched = (rows == work.id_rows[column]) & (rows <= held_ids)
         self._is_searched &= work.is_disjoint[work.id_table[column]]
-        self._is_held = self._is_searched & (rows > id_columns.RUN_ROWS)
+        self._is_held = self._is_searched & (rows > run_rows)
         self._held = HeldIds(int(rows[self._is_held].max(initial=0)))
         self._rows = rows
         self._id_sum = np.zeros(len(work.is_disjoint), np.uint64)
@@ -234,31 +243,32 @@ def _count_duplicates(table: int, ordered: np.ndarray) -> Duplicates:
     return Duplicates(table, len(twice), int(ordered[twice[0]]))
 
 
-def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> list[Duplicates]:
+def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int, run_rows: int) -> list[Duplicates]:
     """Search a bucket for duplicates. If it has more than ``held_ids`` ids, search each half of it."""
     if (
         task.bucket_bits == 64
     ):  # mixing is one to one, so ids that share all 64 bits are equal: one id with too many rows to hold
-        return _count_equal(readers, work, task)
-    held = _collect(readers, work, task, held_ids)
+        return _count_equal(readers, work, task, run_rows)
+    held = _collect(readers, work, task, held_ids, run_rows)
     if held is None:
         bits = task.bucket_bits + 1
         return [
             duplicates
             for half in (0, 1)
             for duplicates in _search(
-                readers, work, task._replace(bucket=2 * task.bucket + half, bucket_bits=bits), held_ids
+                readers, work, task._replace(bucket=2 * task.bucket + half, bucket_bits=bits), held_ids, run_rows
             )
         ]
     return [_count_duplicates(task.table, held.sorted_ids())] if held.has_duplicates() else []
 
 
-def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> HeldIds | None:
+def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int, run_rows: int) -> HeldIds | None:
     """Return the ids of a bucket; None if there are too many."""
     columns = np.array(task.columns, np.int64)
     held = HeldIds(min(held_ids, int(work.id_rows[columns].sum())))
     shift = np.uint64(64 - task.bucket_bits)
-    for run in read_runs(readers, work.id_file[columns], work.id_offset[columns], work.id_rows[columns]):
+    where = work.id_file[columns], work.id_offset[columns], work.id_rows[columns]
+    for run in read_runs(readers, *where, run_rows=run_rows):
         ids = run.ids
         chosen = ids[(mix(ids) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else ids
         if not held.add(chosen):
@@ -266,11 +276,12 @@ def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) 
     return held
 
 
-def _count_equal(readers: OpenReaders, work: Work, task: UniqueTask) -> list[Duplicates]:
+def _count_equal(readers: OpenReaders, work: Work, task: UniqueTask, run_rows: int) -> list[Duplicates]:
     """Count the rows of a bucket that only one id can be in."""
     columns = np.array(task.columns, np.int64)
     rows, first = 0, 0
-    for run in read_runs(readers, work.id_file[columns], work.id_offset[columns], work.id_rows[columns]):
+    where = work.id_file[columns], work.id_offset[columns], work.id_rows[columns]
+    for run in read_runs(readers, *where, run_rows=run_rows):
         positions = np.flatnonzero(mix(run.ids) == np.uint64(task.bucket))
         if len(positions):
             rows, first = rows + len(positions), int(run.ids[positions[0]])

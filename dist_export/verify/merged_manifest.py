@@ -21,6 +21,7 @@ from dist_export.formats.recis import (
 )
 from dist_export.formats.strict_json import KeyTwiceError, read_members
 from dist_export.storage.directory import Directory
+from dist_export.tuning import STANDARD
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.parts import FoundParts
 from dist_export.verify.report import Report
@@ -42,6 +43,7 @@ def check_merged(
     is_ours: bool,
     must_be: bool,
     dense_state: DenseState | None,
+    piece_bytes: int = STANDARD.json_bytes,
 ) -> None:
     """Compare all entries with the blocks, both ways.
 
@@ -49,6 +51,7 @@ def check_merged(
         is_ours: whether an export wrote the file, so that each entry is known exactly. Else any version of RecIS wrote it.
         must_be: whether the file must exist and name tables. RecIS does not need it.
         dense_state: the content of ``model.pt``; None if it was not read.
+        piece_bytes: the size of the pieces in which it is decoded.
     """
     tell = report.add if must_be else report.note
     try:
@@ -68,7 +71,7 @@ def check_merged(
         return
     comparison = _Comparison(blocks, parts, is_ours, dense_state)
     try:
-        read_members(raw, _DECODER, comparison.run, what=f"/{MERGED}")
+        read_members(raw, _DECODER, comparison.run, what=f"/{MERGED}", piece_bytes=piece_bytes)
     except CheckpointError as error:
         report.add(MERGED, "merged", str(error).removeprefix(f"/{MERGED}").removeprefix(":").strip())
         return

@@ -18,6 +18,7 @@ from dist_export.manifest import MANIFEST, Manifest
 from dist_export.package.reader import Package
 from dist_export.package.stored_rows import is_sound_encoding
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
+from dist_export.tuning import STANDARD
 from dist_export.verify.blocks import Blocks, read_blocks
 from dist_export.verify.delta import open_base
 from dist_export.verify.files import check_sizes, find_parts
@@ -49,8 +50,16 @@ CHANGED = "was replaced or changed while it was being checked, so nothing can be
 class Survey:
     """The state of a verification on rank 0: the metadata of the directory, and the report."""
 
-    def __init__(self, directory: Directory, *, finite: bool, base: Directory | None = None) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        finite: bool,
+        base: Directory | None = None,
+        json_bytes: int = STANDARD.json_bytes,
+    ) -> None:
         """Begin; nothing is read. ``base``: where the base of a delta package is; by default it is searched for."""
+        self._json_bytes = json_bytes
         self.report = Report()
         self._given_base = base
         self.directory = directory
@@ -173,6 +182,7 @@ class Survey:
                 is_ours=manifest is not None and manifest.mode != "in_place",
                 must_be=manifest is not None,
                 dense_state=dense_state,
+                piece_bytes=self._json_bytes,
             )
         if manifest is not None:
             check_tables(manifest, blocks, report)

@@ -16,7 +16,6 @@ from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_fingerprints import (
     FINGERPRINT,
     MAGIC,
-    PIECE_BYTES,
     Fingerprinter,
     PartSlots,
     Piece,
@@ -29,12 +28,12 @@ from dist_export.manifest import MANIFEST, Manifest, PartEntry, RowFingerprintsE
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.report import Report
 from dist_export.verify.work_split import FingerprintedPart, Work, cut
 
 _CHECK = "row_fingerprints"
-_PIECE_ROWS = 1 << 20
 
 
 class WrongRows(NamedTuple):
@@ -111,29 +110,33 @@ def _find_slots(table: TableEntry, part: PartEntry, blocks: Blocks) -> tuple[Slo
     return tuple(slots)
 
 
-def cut_fingerprints(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def cut_fingerprints(work: Work, piece_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return part, first row, rows and bytes (int64) of each piece of the parts with row fingerprints."""
-    part, first, rows = cut(np.array([its.slots.num_rows for its in work.fingerprints], np.int64), _PIECE_ROWS)
+    part, first, rows = cut(np.array([its.slots.num_rows for its in work.fingerprints], np.int64), piece_rows)
     row_bytes = np.array([its.slots.row_bytes + FINGERPRINT.itemsize for its in work.fingerprints], np.int64)
     return part, first, rows, rows * row_bytes[part]
 
 
-def compare_fingerprints(directory: Directory, work: Work, chosen: slice) -> list[WrongRows]:
+def compare_fingerprints(
+    directory: Directory, work: Work, chosen: slice, *, tuning: Tuning = STANDARD
+) -> list[WrongRows]:
     """Compare a run of the pieces of :func:`cut_fingerprints` with the rows. Any rank, any thread."""
     wrong = []
+    most_bytes, most_rows = tuning.fingerprint_bytes, tuning.fingerprint_rows
     parts = [its.slots for its in work.fingerprints]
     names = [*work.shards, *dict.fromkeys(its.entry.file for its in work.fingerprints)]
     numbers = {name: number for number, name in enumerate(names)}
     with OpenReaders(lambda number: directory.open_reader(names[number])) as readers:
         fingerprinter = Fingerprinter(parts, lambda file, ranges: readers[file].read_many(ranges))
-        for whole in map(Piece, *(column[chosen].tolist() for column in cut_fingerprints(work)[:3])):
+        columns = cut_fingerprints(work, tuning.verified_fingerprints)[:3]
+        for whole in map(Piece, *(column[chosen].tolist() for column in columns)):
             entry = work.fingerprints[whole.part].entry
             try:
                 stored = readers[numbers[entry.file]]
                 is_ours = bool(whole.first_row) or stored.fetch(0, len(MAGIC)) == MAGIC
                 if not is_ours:
                     wrong.append(WrongRows(whole.part, 0, 0, "it is no file of row fingerprints"))
-                for group in group_pieces([whole], parts, PIECE_BYTES) if is_ours else ():
+                for group in group_pieces([whole], parts, most_bytes, most_rows=most_rows) if is_ours else ():
                     (piece,) = group
                     (expected,) = fingerprinter.compute(group)
                     found = np.empty(piece.num_rows, FINGERPRINT)

@@ -20,6 +20,7 @@ from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import keep_freed_memory, run_threads
 from dist_export.storage.directory import Directory, Location
 from dist_export.storage.urls import open_directory
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.combine import conclude
 from dist_export.verify.delta import PieceCount, count_pieces, cut_pieces, report_delta
 from dist_export.verify.files import ChunkDigests, compare_digests, cut_files, hash_share
@@ -59,6 +60,7 @@ def verify(
     threads: int | None = None,
     ranks: Ranks | None = None,
     base: str | None = None,
+    tuning: Tuning = STANDARD,
 ) -> Report:
     """Check the directory at ``path``. All ranks of ``ranks`` call this, and each returns the whole report.
 
@@ -70,6 +72,7 @@ def verify(
         threads: threads of each rank; by default the number of cores for each rank, at most 4.
         ranks: the ranks that share the work; by default only this process.
         base: the directory of the base of a delta package, or its fsspec URL. By default it is searched for.
+        tuning: the sizes of pieces.
 
     Raises:
         UserError: the directory is missing or holds nothing that can be checked, a setting is impossible, or the package
@@ -78,9 +81,9 @@ def verify(
     """
     ranks = alone() if ranks is None else ranks
     directory = open_directory(path, storage_options)
-    bounds = Bounds(max_memory, _choose_threads() if threads is None else threads)
+    bounds = Bounds(max_memory, _choose_threads() if threads is None else threads, tuning)
     given = None if base is None else open_directory(base, storage_options)
-    survey = Survey(directory, finite=finite, base=given)
+    survey = Survey(directory, finite=finite, base=given, json_bytes=tuning.json_bytes)
     work = ranks.broadcast("read the manifests", survey.take)
     if work is None:
         return ranks.broadcast("report", lambda: survey.report)
@@ -96,7 +99,7 @@ def verify(
 
     def look(share: list[UniqueTask]) -> list[Duplicates]:
         try:
-            return search(directory, work, share, held_ids=bounds.held_ids)
+            return search(directory, work, share, held_ids=bounds.held_ids, run_rows=tuning.run_rows)
         except (EndedError, OSError) as error:  # the same files were readable before, so they changed
             raise UserError(f"{survey.directory.url}: {CHANGED} ({reason_of(error)}); run verify again") from error
 
@@ -138,7 +141,7 @@ def _compare_with_base(ranks: Ranks, survey: Survey, bounds: Bounds) -> list[Pie
         if package is None:  # on ranks other than 0
             opened, base = (open_directory(its.given, its.storage_options) for its in where)
             package = Package(opened, base_directory=base)
-        pieces = cut_pieces(package)
+        pieces = cut_pieces(package, piece_ids=bounds.tuning.compared_ids)
         sizes = np.array([piece.num_ids for piece in pieces], np.int64)
         shares = share_out(sizes, ranks.world_size * bounds.threads)
         mine = shares[ranks.rank * bounds.threads : (ranks.rank + 1) * bounds.threads]
@@ -152,20 +155,23 @@ _Read: TypeAlias = tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCoun
 
 def _read_shares(directory: Directory, work: Work, bounds: Bounds, num_shares: int, mine: slice) -> list[_Read]:
     """Read this rank's shares of the files, one a thread."""
+    tuning = bounds.tuning
 
     def read(share: tuple[slice, ...]) -> _Read:
         files, ids, values, indexes, fingerprints = share
         return (
-            hash_share(directory, work, files),
-            count_share(directory, work, ids, held_ids=bounds.held_ids),
-            scan_share(directory, work, values),
+            hash_share(directory, work, files, chunk_bytes=tuning.chunk_bytes),
+            count_share(directory, work, ids, held_ids=bounds.held_ids, tuning=tuning),
+            scan_share(directory, work, values, tuning=tuning),
             count_indexes(directory, work, indexes),
-            compare_fingerprints(directory, work, fingerprints),
+            compare_fingerprints(directory, work, fingerprints, tuning=tuning),
         )
 
-    indexed, fingerprinted = cut_indexes(work)[2], cut_fingerprints(work)[3]
-    sizes = (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2], indexed, fingerprinted)
-    shares = [share_out(column, num_shares)[mine] for column in sizes]
+    indexed, fingerprinted = cut_indexes(work)[2], cut_fingerprints(work, tuning.verified_fingerprints)[3]
+    files = cut_files(work, chunk_bytes=tuning.chunk_bytes)[2]
+    ids = cut_ids(work, bounds.held_ids, tuning.verified_ids)[2]
+    values = cut_values(work, tuning.value_bytes)[2]
+    shares = [share_out(column, num_shares)[mine] for column in (files, ids, values, indexed, fingerprinted)]
     return run_threads(read, list(zip(*shares, strict=True)))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from dist_export.errors import UserError
 from dist_export.formats.row_fingerprints import PartSlots
 from dist_export.manifest import RowFingerprintsEntry, RowIndexEntry
+from dist_export.tuning import STANDARD, Tuning
 
 MIN_THREAD_BYTES = 8 << 20
 DEFAULT_MEMORY = 512 << 20
@@ -79,6 +80,8 @@ class Bounds:
     max_memory: int
     """Bytes for all threads of a rank together."""
     threads: int
+    tuning: Tuning = STANDARD
+    """The sizes of pieces."""
 
     def __post_init__(self) -> None:
         """Raise UserError if there is no thread, or if a thread gets less than 8 MiB."""
@@ -93,7 +96,8 @@ class Bounds:
     @property
     def held_ids(self) -> int:
         """Ids (8 bytes each) that a thread holds at once. Its results from them take at most as much again."""
-        return self.max_memory // self.threads // 2 // 8
+        most = self.max_memory // self.threads // 2 // 8
+        return most if self.tuning.held_ids is None else min(most, self.tuning.held_ids)
 
 
 def share_out(costs: np.ndarray, num_shares: int) -> list[slice]:

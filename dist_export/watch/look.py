@@ -9,7 +9,7 @@ import msgspec
 import xxhash
 
 from dist_export.checkpoint.model_weights import ModelWeights
-from dist_export.config.schema import ExportConfig
+from dist_export.config.source_needs import WatchedRun
 from dist_export.errors import CheckpointError, ConfigError, DistExportError, UnaskedError
 from dist_export.manifest import MANIFEST, decode_manifest
 from dist_export.pipeline.locate import options_for_registries
@@ -36,9 +36,9 @@ class _Found(NamedTuple):
 class Lookout:
     """Looks at one run. Files that have not changed are not read again."""
 
-    def __init__(self, config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | None) -> None:
+    def __init__(self, config: WatchedRun, *, needs_dense: bool, weights: ModelWeights | None) -> None:
         """Keep the settings. ``needs_dense`` and ``weights``: as for :func:`~dist_export.pipeline.run_dir.find_checkpoint`."""
-        self._config = config.with_changes(step=None)
+        self._config = config
         self._needs_dense = needs_dense
         self._weights = weights
         self._registry = VersionDirectory(**options_of(SCHEME, options_for_registries(config)))

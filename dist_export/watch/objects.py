@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import UserCallables
 from dist_export.model.user_objects import Objects, build_objects, import_objects
 
 
@@ -20,7 +20,7 @@ class FreshObjects:
     new ids. Therefore no two exports share objects. Random numbers begin anew too, so that the same sample is drawn.
     """
 
-    def __init__(self, config: ExportConfig) -> None:
+    def __init__(self, config: UserCallables) -> None:
         """Keep the settings. Nothing is imported."""
         self._config = config
         self._has_model = config.model is not None

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_export.formats.digests import CHUNK_BYTES
 from dist_export.plan.census import share_parts
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.target_slices import plan_targets
 from dist_export.plan.work_units import Unit, assign, plan_units
+from dist_export.tuning import STANDARD
 from dist_export.workdir.state import Receipt
 from scripts.scale import fleet
 
@@ -91,7 +91,7 @@ def measure(world_size: int, *, bytes_per_rank: int, num_parts: int, num_shards:
 def digests_of(units: list[Unit], numbers: list[int]) -> dict[tuple[int, int], list[bytes]]:
     """Return digests of a rank's units in the form in which the ranks exchange them: 16 bytes for each chunk of 64 MiB."""
     return {
-        (units[n].number, units[n].begin): [bytes(16)] * -(-(units[n].end - units[n].begin) // CHUNK_BYTES)
+        (units[n].number, units[n].begin): [bytes(16)] * -(-(units[n].end - units[n].begin) // STANDARD.chunk_bytes)
         for n in numbers
         if units[n].is_hashed
     }

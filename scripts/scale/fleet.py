@@ -11,12 +11,13 @@ import numpy as np
 from dist_export.checkpoint.metadata import Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import split_evenly
-from dist_export.plan.census import GRANULE_ROWS, Census
+from dist_export.plan.census import Census
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.selection import select
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import Targets, plan_targets
 from dist_export.storage.urls import open_directory
+from dist_export.tuning import STANDARD
 
 SIZE = 65536
 DIMS = (64, 16, 128, 32, 8, 64, 16, 32, 16, 8, 32, 64)
@@ -108,8 +109,8 @@ def count(checkpoint: Checkpoint, targets: tuple[Targets, ...]) -> Census:
         first, last = np.searchsorted(borders, [begin, end - 1], side="right") - 1
         owners = np.arange(first, last + 1)
         widths = np.minimum(borders[owners + 1], end) - np.maximum(borders[owners], begin)
-        for granule, start in enumerate(range(0, rows, GRANULE_ROWS)):
-            here = min(GRANULE_ROWS, rows - start)
+        for granule, start in enumerate(range(0, rows, STANDARD.granule_rows)):
+            here = min(STANDARD.granule_rows, rows - start)
             counts = np.diff(np.concatenate([[0], np.cumsum(widths) * here // (end - begin)]))
             counts[0] += here - counts.sum()
             full = counts > 0

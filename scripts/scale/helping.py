@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
 
-from dist_export.plan.work_units import UNIT_BYTES, Unit
+from dist_export.plan.work_units import Unit
 from dist_export.runtime.ranks import Ranks
 from dist_export.transfer import work_stealing
+from dist_export.tuning import STANDARD
 from scripts.scale import logical
 
 SLOWEST, FASTEST = 0.8, 1.25
@@ -36,10 +37,14 @@ class Helping:
     num_bytes: int
 
 
-def measure(num_workers: int, units_each: int = 8) -> Helping:
-    """Let the workers take all units. AssertionError where a unit is left or taken twice."""
+def measure(num_workers: int, units_each: int = 8, in_sight: int = work_stealing.IN_SIGHT) -> Helping:
+    """Let the workers take all units. AssertionError where a unit is left or taken twice.
+
+    ``in_sight``: how many queues a worker reads at once.
+    """
     generator = random.Random(3)
-    units = [Unit("copy", n, 0, UNIT_BYTES, True, UNIT_BYTES) for n in range(num_workers * units_each)]
+    unit_bytes = STANDARD.unit_bytes
+    units = [Unit("copy", n, 0, unit_bytes, True, unit_bytes) for n in range(num_workers * units_each)]
     speeds = [
         generator.uniform(SLOWEST, FASTEST) * (1 / 3 if generator.random() < STRAGGLERS else 1)
         for _ in range(num_workers)
@@ -56,7 +61,7 @@ def measure(num_workers: int, units_each: int = 8) -> Helping:
     helped, last = 0, 0.0
     with mock.patch.object(work_stealing, "_deal", return_value=dealt):
         takers = [
-            work_stealing.take_units(ranks, "write", units, worker=number, threads=1)
+            work_stealing.take_units(ranks, "write", units, worker=number, threads=1, in_sight=in_sight)
             for number, ranks in enumerate(all_ranks)
         ]
         agenda = [(0.0, number) for number in range(num_workers)]
@@ -70,7 +75,7 @@ def measure(num_workers: int, units_each: int = 8) -> Helping:
             unit, is_others = taken
             done[unit.number] += 1
             helped += is_others
-            heapq.heappush(agenda, (now + unit.num_bytes / UNIT_BYTES / speeds[number], number))
+            heapq.heappush(agenda, (now + unit.num_bytes / unit_bytes / speeds[number], number))
     assert set(done.values()) == {1}, "a unit was taken twice"
     assert len(done) == len(units), "a unit was left"
     ideal = len(units) / sum(speeds)

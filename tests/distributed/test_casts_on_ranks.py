@@ -11,7 +11,8 @@ import pytest
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.plan import memory_budget, work_units
+from dist_export.tuning import Tuning
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import make_tables, write_checkpoint
 
@@ -22,10 +23,10 @@ DTYPES = {"a": "float16", "b": "int8", "*": "bfloat16"}
 
 
 def export_all(_: int, source: str, out: str) -> None:
-    memory_budget._CAST_VALUES = 64  # so that every part has many blocks
-    work_units.UNIT_BYTES = 1 << 12  # and every table many units, which any rank may take
+    # every part has many blocks, and every table many units, which any rank may take
+    tuning = Tuning(cast_values=64, unit_bytes=1 << 12)
     for num_shards in NUM_SHARDS:
-        dist_export.export(settings(source, f"{out}/{num_shards}", num_shards))
+        exports.export(settings(source, f"{out}/{num_shards}", num_shards), tuning=tuning)
 
 
 def settings(source: str, target: str, num_shards: int) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import dist_export
-from dist_export.plan import work_units
+from dist_export.tuning import Tuning
 from tests.distributed.test_worlds import bare_manifest
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.easyrec_writer import (
     CITY,
@@ -67,16 +68,17 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Truth], Truth]]] = {
 
 
 def export_all(_: int, source: Path, out: Path, threads: int) -> None:
-    work_units.UNIT_BYTES = 1 << 12  # so that every table has many units, which any rank may take
+    tuning = Tuning(unit_bytes=1 << 12)  # so that every table has many units, which any rank may take
     for name, (settings, _truth) in CASES.items():
-        dist_export.export(
+        exports.export(
             {
                 "ckpt_dir": str(source),
                 "export_dir": str(out / name),
                 "filter_sparse_opt": True,
                 "threads": threads,
                 **settings,
-            }
+            },
+            tuning=tuning,
         )
 
 

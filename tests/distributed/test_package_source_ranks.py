@@ -10,7 +10,7 @@ import torch
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.plan import memory_budget, work_units
+from dist_export.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.support import exports, tiny_model
 from tests.support.distributed.ranks import run_ranks
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.distributed
 
 
 def export_chain(_: int, source: str, out: str) -> None:
-    memory_budget._CAST_VALUES = 64  # so that every part has many blocks
-    work_units.UNIT_BYTES = 1 << 10
+    tuning = Tuning(cast_values=64, unit_bytes=1 << 10)  # so that every part has many blocks
     steps = [
         {"treat_as_tables": TABLES, "num_shards": 3, "dtype": {"*": "int8"}, "to_hash_tables": ["*item*"]},
         {"num_shards": 2, "rename_tables": {"*item*": "item"}, "prune": [{"tables": ["*item*"], "norm_at_most": 1.0}]},
@@ -29,7 +28,8 @@ def export_chain(_: int, source: str, out: str) -> None:
     ]
     for number, settings in enumerate(steps):
         target = f"{out}/{number}"
-        exports.export({"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "threads": 2, **settings})
+        values = {"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "threads": 2, **settings}
+        exports.export(values, tuning=tuning)
         source = target
 
 

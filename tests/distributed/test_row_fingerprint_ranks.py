@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import dist_export
-from dist_export.formats import row_fingerprints
-from dist_export.verify import row_fingerprints as verified
+from dist_export.tuning import Tuning
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import make_tables, write_checkpoint
 from tests.support.row_fingerprints import read_fingerprints
@@ -20,19 +20,18 @@ MODES = ({"filter_sparse_opt": True, "num_shards": 3}, {"filter_sparse_opt": Fal
 
 
 def export_all(_: int, source: str, out: str, threads: int) -> None:
-    row_fingerprints._MOST_ROWS = 50  # many pieces
+    tuning = Tuning(fingerprint_rows=50)  # many pieces
     for number, mode in enumerate(MODES):
         given = {"ckpt_dir": source, "export_dir": f"{out}/{number}", "threads": threads, "row_fingerprints": True}
-        dist_export.export(given | mode)
+        exports.export(given | mode, tuning=tuning)
 
 
 def verify_on_rank(_: int, package: str) -> list[str]:
     from dist_export.runtime.joining import join
     from dist_export.verify.verify import verify
 
-    verified._PIECE_ROWS = 40
     with join(timeout_secs=60) as ranks:
-        return verify(package, ranks=ranks).findings
+        return verify(package, ranks=ranks, tuning=Tuning(verified_fingerprints=40)).findings
 
 
 def test_two_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ from dist_export.errors import ConfigError, DistExportError, ExportError, PlanEr
 from dist_export.formats.row_encodings import INT8_ROWWISE, decode_int8
 from dist_export.inspect.describe import describe, render
 from dist_export.pipeline.dry_run import make_report, render_report
-from dist_export.plan import memory_budget
 from dist_export.plan.casts import cast_slots
 from dist_export.plan.census import count_row_indexed_rows
 from dist_export.plan.selection import select
@@ -41,12 +40,13 @@ from dist_export.plan.target_slices import plan_targets
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import unit_runner
 from dist_export.transfer.casting import cast_blocks
+from dist_export.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.support.fixture_cases import CASES
 from tests.support.properties import examples
 from tests.support.recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
 from tests.support.row_model import truth_of_model
-from tests.support.sparse_cases import ADAM, assert_exact, content, export, plan, run, shrink
+from tests.support.sparse_cases import ADAM, assert_exact, content, export, plan, run, tiny
 
 DTYPES = ("float16", "bfloat16", "int8")
 
@@ -324,20 +324,16 @@ CUTS = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
-def test_neither_bytes_nor_errors_depend_on_buffers_and_threads(
-    num_shards: int, dtype: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_neither_bytes_nor_errors_depend_on_buffers_and_threads(num_shards: int, dtype: str, tmp_path: Path) -> None:
     """Blocks of the sum are cut from the rows alone, small enough here that every table has many."""
-    monkeypatch.setattr(memory_budget, "_CAST_VALUES", 40)
     tables = make_tables({"a": 700, "b": 90, "c": 3}, 3, slots=("step_filter", *ADAM))
     write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(20)})
     asked: dict[str, Any] = {"num_shards": num_shards, "dtype": {"*": dtype}}
-    export(tmp_path / "in", tmp_path / "whole", **asked)
+    export(tmp_path / "in", tmp_path / "whole", **asked, tuning=Tuning(cast_values=40))
     assert_exact(tmp_path / "whole", in_dtype(truth_of(tables), dtype))
     for number, cut in enumerate(CUTS):
-        with monkeypatch.context() as patch:
-            shrink(patch, **cut)
-            export(tmp_path / "in", tmp_path / str(number), threads=1 + number, **asked)
+        tuning = tiny(**cut, cast_values=40)
+        export(tmp_path / "in", tmp_path / str(number), threads=1 + number, **asked, tuning=tuning)
         assert content(tmp_path / str(number)) == content(tmp_path / "whole")
         if cut["granule"] >= 1000:  # gathers are cut by it, and the sums of a table are those of its gathers
             assert entries(tmp_path / str(number)) == entries(tmp_path / "whole")

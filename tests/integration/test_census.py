@@ -5,14 +5,14 @@ import pytest
 
 from dist_export.errors import CheckpointError, UserError
 from dist_export.formats.recis import mix
-from dist_export.ids import columns as id_columns
+from dist_export.ids import duplicates
 from dist_export.ids.duplicates import HeldIds
-from dist_export.kernels import compiled_duplicates, numpy_duplicates
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
-from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.target_slices import plan_targets
 from dist_export.storage.range_reader import LocalReader, RangeReader
 from dist_export.transfer.id_scan import check_unique, take_census
+from dist_export.tuning import STANDARD, Tuning
+from tests.support.kernels import open_best
 from tests.support.recis_writer import (
     PartSpec,
     make_rows,
@@ -22,30 +22,30 @@ from tests.support.recis_writer import (
     truth_of,
     write_checkpoint,
 )
-from tests.support.sparse_cases import assert_exact, copy, export, open_source, plan, shrink
+from tests.support.sparse_cases import assert_exact, copy, export, open_source, plan, tiny
 
 
-def take(checkpoint, targets, world_size=1, held_ids=1000):
+def take(checkpoint, targets, world_size=1, held_ids=1000, tuning=STANDARD):
     shares = share_parts(checkpoint, world_size)
-    return merge_censuses([take_census(checkpoint, targets, share, held_ids=held_ids) for share in shares][::-1])
+    found = [take_census(checkpoint, targets, share, held_ids=held_ids, tuning=tuning) for share in shares]
+    return merge_censuses(found[::-1])
 
 
 def columns(census):
     columns = {name: getattr(census, name) for name in census.__dataclass_fields__}
-    return {name: column.tolist() for name, column in columns.items() if column is not None}
+    return {name: np.asarray(column).tolist() for name, column in columns.items() if column is not None}
 
 
 @pytest.mark.parametrize("granule", [None, 7])
 @pytest.mark.parametrize("num_shards", [1, 3, None])
-def test_the_counts_are_those_of_the_ids_whoever_counts(tmp_path, monkeypatch, num_shards, granule):
-    if granule:
-        shrink(monkeypatch, granule=granule)
+def test_the_counts_are_those_of_the_ids_whoever_counts(tmp_path, num_shards, granule):
+    tuning = tiny(granule=granule) if granule else STANDARD
     tables = make_tables({"a": 100, "b": 3, "c": 0, "d": 50}, 4)
     checkpoint = open_source(write_checkpoint(tmp_path / "in", tables))
     targets = plan_targets(checkpoint, num_shards)
-    census = take(checkpoint, targets)
+    census = take(checkpoint, targets, tuning=tuning)
     for world_size in (2, 3, 16, 40):
-        assert columns(take(checkpoint, targets, world_size)) == columns(census)
+        assert columns(take(checkpoint, targets, world_size, tuning=tuning)) == columns(census)
     for table, counts in enumerate(count_rows_by_target(checkpoint, targets, census)):
         ids = truth_of(tables)[checkpoint.tables[table].name]["id"]
         assert counts.tolist() == [int(owned_by(ids, part).sum()) for part in targets[table].slices]
@@ -150,12 +150,12 @@ def twice(kind):
 @pytest.mark.parametrize("kind", ["within a part", "same slice", "misplaced"])
 @pytest.mark.parametrize("filter_sparse_opt", [True, False])
 def test_an_id_that_stands_twice_is_an_error(tmp_path, monkeypatch, kind, budget, filter_sparse_opt):
-    set_budget(monkeypatch, budget)
+    tuning = tuning_for(monkeypatch, budget)
     parts = twice(kind)
     write_checkpoint(tmp_path / "in", {"ok": make_tables({"ok": 50}, 3)["ok"], "t": parts})
     expected = "filter_sparse_opt" if kind == "same slice" and not filter_sparse_opt else "table 't' holds the id"
     with pytest.raises(UserError, match=expected) as caught:
-        export(tmp_path / "in", tmp_path / "out", filter_sparse_opt=filter_sparse_opt)
+        export(tmp_path / "in", tmp_path / "out", filter_sparse_opt=filter_sparse_opt, tuning=tuning)
     if expected.startswith("table"):
         assert isinstance(caught.value, CheckpointError)
         assert " twice " in str(caught.value)
@@ -164,20 +164,19 @@ def test_an_id_that_stands_twice_is_an_error(tmp_path, monkeypatch, kind, budget
     assert not (tmp_path / "out").exists()
 
 
-def set_budget(monkeypatch, budget):
+def tuning_for(monkeypatch, budget):
     if budget == "runs":  # every part comes in several runs and is held until the last
-        shrink(monkeypatch, granule=20)
-    elif budget is not None:
-        monkeypatch.setattr(MemoryBudget, "held_ids", budget)
-        monkeypatch.setattr(id_columns, "RUN_ROWS", min(budget, id_columns.RUN_ROWS))
-        for kernels in (numpy_duplicates, compiled_duplicates):
-            monkeypatch.setattr(kernels, "_DIRECT_IDS", budget // 4)
-            monkeypatch.setattr(kernels, "_BUCKET_IDS", max(1, budget // 8))
+        return tiny(granule=20)
+    if budget is None:
+        return STANDARD
+    kernels = open_best(direct_ids=budget // 4, bucket_ids=max(1, budget // 8))
+    monkeypatch.setattr(duplicates, "select_kernels", lambda: kernels)
+    return Tuning(held_ids=budget, run_rows=min(budget, STANDARD.run_rows))
 
 
 @pytest.mark.parametrize("budget", [64, 8])
 def test_large_tables_are_searched_in_buckets_that_keep_to_the_budget(tmp_path, monkeypatch, budget):
-    set_budget(monkeypatch, budget)
+    tuning = tuning_for(monkeypatch, budget)
     sizes = []
     original = HeldIds.has_duplicates
     monkeypatch.setattr(HeldIds, "has_duplicates", lambda held: (sizes.append(held._count), original(held))[1])
@@ -185,22 +184,22 @@ def test_large_tables_are_searched_in_buckets_that_keep_to_the_budget(tmp_path, 
     full = (0, 65536, 65536)
     parts = [PartSpec(ids[i::2], {"embedding": rows["embedding"][i::2]}, full) for i in range(2)]
     checkpoint = open_source(write_checkpoint(tmp_path / "in", {"t": parts}))
-    census = take(checkpoint, plan_targets(checkpoint, 2), held_ids=budget)
+    census = take(checkpoint, plan_targets(checkpoint, 2), held_ids=budget, tuning=tuning)
     tasks = plan_unique_tasks(checkpoint, census, held_ids=budget)
     assert len(tasks) == 1 << tasks[0].bucket_bits >= 400 / budget
     assert {task.parts for task in tasks} == {(0, 1)}
     assert not any(sizes)
-    check_unique(checkpoint, tasks, held_ids=budget)
+    check_unique(checkpoint, tasks, held_ids=budget, run_rows=tuning.run_rows)
     assert sum(sizes) == 400
     assert max(sizes) <= budget
-    export(tmp_path / "in", tmp_path / "out")
+    export(tmp_path / "in", tmp_path / "out", tuning=tuning)
     assert_exact(tmp_path / "out", truth_of({"t": parts}))
 
 
 def test_a_part_too_large_for_one_sort_is_searched_even_where_slices_prove_the_rest(tmp_path, monkeypatch):
-    set_budget(monkeypatch, 40)
+    tuning = tuning_for(monkeypatch, 40)
     tables = make_tables({"big": 100, "small": 20}, 2)
-    planned = plan(write_checkpoint(tmp_path / "in", tables))
+    planned = plan(write_checkpoint(tmp_path / "in", tables), tuning=tuning)
     checkpoint = planned.plan.checkpoint
     tasks = plan_unique_tasks(checkpoint, planned.census, held_ids=40)
     large = {part for part in range(4) if checkpoint.parts.rows[part] > 40}

@@ -8,7 +8,6 @@ from dist_export.commit import audit
 from dist_export.commit.audit import TableAccount, audit_files, check_accounts
 from dist_export.errors import CommitError
 from dist_export.formats.recis import mix
-from dist_export.ids import columns
 from dist_export.storage.urls import open_directory
 from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
 from tests.support.sparse_cases import export, plan
@@ -31,10 +30,9 @@ def edit(target, name, change):
 
 @pytest.mark.parametrize("run_rows", [1 << 20, 7])
 @pytest.mark.parametrize("shares", [[range(2)], [range(1), range(1, 2)], [range(1, 2), range(0), range(1)]])
-def test_a_sound_export_has_the_rows_and_ids_of_its_source(exported, monkeypatch, shares, run_rows):
-    monkeypatch.setattr(columns, "RUN_ROWS", run_rows)
+def test_a_sound_export_has_the_rows_and_ids_of_its_source(exported, shares, run_rows):
     planned, target, tables = exported
-    found = [audit_files(planned.plan, target, share).accounts for share in shares]
+    found = [audit_files(planned.plan, target, share, run_rows=run_rows).accounts for share in shares]
     totals = check_accounts(planned.plan, planned.census, found)
     assert [total.rows for total in totals] == [120, 40]
     for total, rows in zip(totals, truth_of(tables).values(), strict=True):
@@ -109,8 +107,8 @@ def test_a_failed_check_stops_the_commit(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in", make_tables({"a": 20}, 2))
     original = dist_export.pipeline.shards.audit_files
 
-    def lose(*arguments):
-        audited = original(*arguments)
+    def lose(*arguments, **more):
+        audited = original(*arguments, **more)
         fewer = {table: TableAccount(rows - 1, id_sum) for table, (rows, id_sum) in audited.accounts.items()}
         return audited._replace(accounts=fewer)
 

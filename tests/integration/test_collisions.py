@@ -16,11 +16,11 @@ from dist_export.checkpoint.id_reader import read_ids
 from dist_export.checkpoint.managed_collisions import CollisionNames, find_collisions
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, DriftError, ModelError, PlanError
-from dist_export.ids import columns
 from dist_export.plan.census import UniqueTask
 from dist_export.plan.prune import plan_pruning
 from dist_export.plan.target_slices import plan_targets
 from dist_export.transfer.id_scan import check_unique, take_census
+from dist_export.tuning import Tuning
 from tests.support import exports
 from tests.support.collision_cases import EMPTY, MODULES, Model, make_state, make_zch_state, rows_of, weight_of
 from tests.support.dcp_writer import save, write_chunks
@@ -185,20 +185,20 @@ def test_dcp_as_torch_writes_it(tmp_path: Path) -> None:
     assert_rows(tmp_path / "out", Z, rows_of(state, "z"))
 
 
-def test_large_tables_that_are_almost_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_that_are_almost_empty(tmp_path: Path) -> None:
     """What stands for no id stands many times, which is no repeat, however the ids are searched."""
-    monkeypatch.setattr(columns, "RUN_ROWS", 64)
+    tuning = Tuning(run_rows=64)
     state = make_state([(1000, IDS)]) | make_zch_state([-1] * 900 + [4, 5])
     source = write(tmp_path / "in", state)
-    export(source, tmp_path / "out", num_shards=2)
+    export(source, tmp_path / "out", num_shards=2, tuning=tuning)
     assert_rows(tmp_path / "out", T, rows_of(state))
     assert_rows(tmp_path / "out", Z, rows_of(state, "z"))
     checkpoint = open_source(source)
     pruning = plan_pruning(checkpoint, (), {})
     for held in (16, 4096):
-        take_census(checkpoint, plan_targets(checkpoint, 2), range(2), held_ids=held, pruning=pruning)
+        take_census(checkpoint, plan_targets(checkpoint, 2), range(2), held_ids=held, pruning=pruning, tuning=tuning)
     tasks = [UniqueTask(table, (table,), bucket, 1) for table in range(2) for bucket in range(2)]
-    check_unique(checkpoint, tasks, held_ids=16)
+    check_unique(checkpoint, tasks, held_ids=16, run_rows=tuning.run_rows)
 
 
 def test_rules_of_prune_come_on_top(tmp_path: Path) -> None:

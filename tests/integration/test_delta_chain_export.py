@@ -15,6 +15,7 @@ import dist_export
 from dist_export.api import Exporter
 from dist_export.errors import CommitError, ConfigError, PlanError
 from dist_export.pipeline import deltas
+from dist_export.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.integration.test_delta_chains import STATES
 from tests.integration.test_delta_export import export
@@ -201,15 +202,13 @@ def test_merged_ids_are_within_max_memory(sources, tmp_path: Path, monkeypatch) 
 
 
 def test_many_small_pieces_give_the_same_chain(sources, tmp_path: Path, monkeypatch) -> None:
-    from dist_export.delta import deleted_ids, same_rows
     from dist_export.package import chain
 
     links = export_chain(sources[:3], tmp_path)
     expected = export(sources[3], tmp_path / "expected", base=str(links[2]), delta_chain=8)
-    monkeypatch.setattr(deleted_ids, "_RUN_ROWS", 13)
     monkeypatch.setattr(chain, "_RUN_ROWS", 11)
-    monkeypatch.setattr(same_rows, "_PIECE_BYTES", 200)
-    small = export(sources[3], tmp_path / "small", base=str(links[2]), delta_chain=8)
+    tuning = Tuning(base_rows=13, compared_bytes=200)
+    small = export(sources[3], tmp_path / "small", base=str(links[2]), delta_chain=8, tuning=tuning)
     assert read_package(small) == read_package(expected)
     assert read_deleted(small) == read_deleted(expected)
     keys = ("rows_base", "same", "changed", "new", "deleted")

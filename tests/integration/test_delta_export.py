@@ -13,6 +13,7 @@ import torch
 import dist_export
 from dist_export.errors import ConfigError, PlanError, UserError
 from dist_export.pipeline.deltas import InBase
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.verify import verify
 from tests.support import dcp_writer, exports
 from tests.support.deltas import manifest_of, put_together, read_deleted, read_package
@@ -62,9 +63,9 @@ def save(folder: Path, tables: Tables, shards: int) -> Path:
     return write_checkpoint(folder, {name: split_table(ids, slots, shards) for name, (ids, slots) in tables.items()})
 
 
-def export(source: Path, out: Path, **settings: Any) -> Path:
+def export(source: Path, out: Path, *, tuning: Tuning = STANDARD, **settings: Any) -> Path:
     given = {"ckpt_dir": str(source), "export_dir": str(out), "filter_sparse_opt": True}
-    exports.export(given | settings)
+    exports.export(given | settings, tuning=tuning)
     return out
 
 

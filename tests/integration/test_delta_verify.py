@@ -14,6 +14,7 @@ import pytest
 from dist_export.cli import main
 from dist_export.errors import CheckpointError
 from dist_export.inspect.describe import describe, render
+from dist_export.tuning import Tuning
 from dist_export.verify import delta as delta_check
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify
@@ -53,9 +54,8 @@ def account(table: str, **changes: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 7])
-def test_a_sound_delta_is_sound(piece: int, written: Deltas, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta_check, "_PIECE_IDS", piece)
-    report = verify(str(written.delta), threads=2)
+def test_a_sound_delta_is_sound(piece: int, written: Deltas) -> None:
+    report = verify(str(written.delta), threads=2, tuning=Tuning(compared_ids=piece))
     assert report.findings == []
     assert report.checked[-1] == (
         f"delta of {written.base}: 580 same, 40 changed, 55 new, 40 deleted by the ids of both; the base has the right digest, "

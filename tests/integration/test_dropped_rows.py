@@ -19,19 +19,19 @@ from dist_export.commit.audit import check_accounts, check_entries
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ConfigError, PlanError, UserError
-from dist_export.ids import columns
 from dist_export.pipeline.dry_run import render_report
 from dist_export.plan import memory_budget as plan_limits
 from dist_export.plan.dropped_rows import DroppedRows
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import duplicates
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.verify import verify
 from tests.support import tiny_model
 from tests.support.properties import examples
 from tests.support.recis_writer import PartSpec, make_rows, make_tables, read_back, split_table, write_checkpoint
 from tests.support.row_model import model_of, truth_of_model
-from tests.support.sparse_cases import assert_exact, content, copy, export, open_source, plan, recorded_reads, shrink
+from tests.support.sparse_cases import assert_exact, content, copy, export, open_source, plan, recorded_reads, tiny
 
 PROPERTY = examples(40)
 KEPT = ("id", "embedding")
@@ -96,18 +96,16 @@ def test_the_same_id_in_two_tables_is_no_repeat(tmp_path, keep):
 @pytest.mark.parametrize("keep", ["first", "last"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("budget", [None, "runs", 300, 40])
-def test_neither_threads_nor_memory_nor_pieces_decide_which_row_stays(
-    tmp_path, monkeypatch, tables, keep, threads, budget
-):
+def test_neither_threads_nor_memory_nor_pieces_decide_which_row_stays(tmp_path, tables, keep, threads, budget):
     write_checkpoint(tmp_path / "in", tables)
     export(tmp_path / "in", tmp_path / "whole", on_duplicate=keep, num_shards=2)
     whole = content(tmp_path / "whole")
+    tuning = STANDARD
     if budget == "runs":
-        shrink(monkeypatch, granule=5)
+        tuning = tiny(granule=5)
     elif budget is not None:
-        monkeypatch.setattr(MemoryBudget, "held_ids", budget)
-        monkeypatch.setattr(columns, "RUN_ROWS", 32)
-    export(tmp_path / "in", tmp_path / "cut", on_duplicate=keep, num_shards=2, threads=threads)
+        tuning = Tuning(held_ids=budget, run_rows=32)
+    export(tmp_path / "in", tmp_path / "cut", on_duplicate=keep, num_shards=2, threads=threads, tuning=tuning)
     assert content(tmp_path / "cut") == whole
 
 
@@ -184,13 +182,13 @@ def test_plans_that_drop_other_rows_have_other_digests(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [1, 4, 20])
-def test_a_sieve_holds_back_what_it_knows_and_nothing_else(monkeypatch, bits):
-    monkeypatch.setattr(duplicates, "_MAX_SIEVE_BITS", bits)
+def test_a_sieve_holds_back_what_it_knows_and_nothing_else(bits):
     held = np.array([-9, 0, 3, 1 << 60])
     ids = np.array([3, 4, 1 << 60, -9, 5, 3, (1 << 60) + 1, 1 << 62, -(1 << 63)])
-    assert duplicates._Sieve(held).find(ids).tolist() == [0, 2, 3, 5]
-    assert duplicates._Sieve(held).find(ids[:0]).tolist() == []
-    assert len(duplicates._Sieve(held)._may_hold) <= 32 * len(held), "many tables with one repeat each cost little"
+    sieve = duplicates._Sieve(held, most_bits=bits)
+    assert sieve.find(ids).tolist() == [0, 2, 3, 5]
+    assert sieve.find(ids[:0]).tolist() == []
+    assert len(sieve._may_hold) <= 32 * len(held), "many tables with one repeat each cost little"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -263,14 +261,13 @@ def test_more_dropped_rows_than_memory_has_room_for_are_refused(tmp_path, monkey
 
 def test_one_id_that_stands_everywhere_is_refused_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(MemoryBudget, "dropped_rows", 20)
-    monkeypatch.setattr(columns, "RUN_ROWS", 16)
     parts = [PartSpec(np.zeros(200, np.int64), {"embedding": np.zeros((200, 1))}, (0, 8, 8))]
     write_checkpoint(tmp_path / "in", {"t": parts})
     located = []
     original = duplicates._find_in_run
     monkeypatch.setattr(duplicates, "_find_in_run", lambda *a: (located.append(1), original(*a))[1])
     with pytest.raises(PlanError, match="more than 20 rows in table 't'"):
-        export(tmp_path / "in", tmp_path / "out", on_duplicate="first")
+        export(tmp_path / "in", tmp_path / "out", on_duplicate="first", tuning=Tuning(run_rows=16))
     assert len(located) == 2, "16 rows, then 32 of at most 21"
 
 
@@ -465,13 +462,12 @@ def checkpoints(draw: st.DrawFn) -> dict[str, list[PartSpec]]:
 )
 def test_an_export_is_what_the_model_says(tables, keep, num_shards, threads, granule) -> None:
     """Ids, all slots of the kept rows, and the manifest's account."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    tuning = STANDARD if granule is None else tiny(granule=granule)
+    with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in", Path(folder) / "out"
-        if granule is not None:
-            shrink(patch, granule=granule)
         write_checkpoint(source, tables)
-        manifest = export(source, target, on_duplicate=keep, num_shards=num_shards, threads=threads)
+        manifest = export(source, target, on_duplicate=keep, num_shards=num_shards, threads=threads, tuning=tuning)
         assert_exact(target, {name: truth_of_model(parts, keep=keep) for name, parts in tables.items()})
         for number, parts in enumerate(tables.values()):
             check_against_model(target, parts, manifest, keep=keep, table=number)
-        assert verify(str(target)).findings == []
+        assert verify(str(target), tuning=tuning).findings == []

@@ -30,7 +30,7 @@ from tests.support.plain_cases import (
     read_numbered,
     same,
 )
-from tests.support.sparse_cases import export, shrink
+from tests.support.sparse_cases import export, tiny
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -120,11 +120,8 @@ def write_shards(folder: Path, pieces: dict[str, list[tuple[list[int], torch.Ten
 
 
 @pytest.mark.parametrize("num_shards", NUM_SHARDS)
-def test_pieces_in_several_files_are_one_table(
-    num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_in_several_files_are_one_table(num_shards: int, tmp_path: Path) -> None:
     """By rows, by columns, by both, in any order of files."""
-    shrink(monkeypatch)
     rows, columns, grid = torch.randn(23, 4), torch.randn(11, 9), torch.randn(13, 6)
     pieces = {
         "embeddings.rows.weight": [([9, 0], rows[9:]), ([0, 0], rows[:9])],
@@ -138,7 +135,7 @@ def test_pieces_in_several_files_are_one_table(
         "mlp.weight": [([2, 0], columns[2:]), ([0, 0], columns[:2])],
     }
     folder = write_shards(tmp_path / "in", pieces, files=4)
-    manifest = export(folder, tmp_path / "out", num_shards=num_shards)
+    manifest = export(folder, tmp_path / "out", num_shards=num_shards, tuning=tiny())
     assert "a last shard that is missing would not be seen" in manifest.notes[0]
     expected = {"rows": rows, "columns": columns, "grid": grid}
     assert_same(read_numbered(tmp_path / "out"), {f"embeddings.{name}.weight": t for name, t in expected.items()})

@@ -14,7 +14,7 @@ from dist_export.storage.urls import open_directory
 from dist_export.transfer import output_files
 from dist_export.transfer.output_files import StagedFiles
 from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
-from tests.support.sparse_cases import assert_exact, content, copy, export, shrink
+from tests.support.sparse_cases import assert_exact, content, copy, export, tiny
 
 
 @pytest.fixture
@@ -151,10 +151,10 @@ def test_a_source_that_shrank_is_an_error_and_no_loop(tmp_path, tables, monkeypa
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4, "source"])
 @pytest.mark.parametrize("digest", ["none", "sha256", "blake3"])
-def test_no_digest_changes_the_shards(tmp_path, tables, monkeypatch, digest, num_shards):
+def test_no_digest_changes_the_shards(tmp_path, tables, digest, num_shards):
     export(tmp_path / "in", tmp_path / "xxh3", num_shards=num_shards)
-    shrink(monkeypatch, chunk=256, unit=512)
-    export(tmp_path / "in", tmp_path / "out", num_shards=num_shards, digest=digest, threads=3)
+    cut = tiny(chunk=256, unit=512)
+    export(tmp_path / "in", tmp_path / "out", num_shards=num_shards, digest=digest, threads=3, tuning=cut)
     assert content(tmp_path / "out") == content(tmp_path / "xxh3")
 
 

@@ -54,11 +54,10 @@ def export(model: nn.Module | None, out: Path, **settings: Any) -> dist_export.m
     ],
     ids=["rows", "transposed", "columns", "every second", "bfloat16", "ids", "parameter"],
 )
-def test_a_tensor_reads_as_the_bytes_of_its_values(tensor: torch.Tensor, chunk: int, monkeypatch: Any) -> None:
+def test_a_tensor_reads_as_the_bytes_of_its_values(tensor: torch.Tensor, chunk: int) -> None:
     """From any byte on, any number of bytes, however it lies in memory."""
-    monkeypatch.setattr(memory, "CHUNK_BYTES", chunk)
     expected = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
-    rows = TensorRows(tensor)
+    rows = TensorRows(tensor, chunk_bytes=chunk)
     assert rows.num_bytes == len(expected)
     for begin, end in itertools.combinations([0, 1, 5, 13, 24, len(expected) - 3, len(expected)], 2):
         found = bytearray(max(0, end - begin))
@@ -90,23 +89,20 @@ class Event:
 @pytest.mark.parametrize("num_bytes", [1, 99, 100, 101, 350, 1000])
 def test_bytes_leave_a_gpu_through_two_buffers(num_bytes: int, monkeypatch: Any) -> None:
     """A buffer is emptied once its copy has arrived, and not filled before it is empty. Here with copies that are late."""
-    monkeypatch.setattr(memory, "CHUNK_BYTES", 100)
     buffers = [torch.zeros(100, dtype=torch.uint8).as_subclass(LateCopy) for _ in range(2)]
-    monkeypatch.setattr(memory, "_pinned_buffers", lambda: buffers)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     flat, out = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
-    memory._copy_from_gpu(flat, out)
+    memory._copy_from_gpu(flat, out, buffers)
     assert torch.equal(flat, out)
 
 
-def test_recis_own_table_is_looked_up_in_chunks(monkeypatch: Any) -> None:
+def test_recis_own_table_is_looked_up_in_chunks() -> None:
     """Its embeddings() would copy the whole table."""
-    monkeypatch.setattr(memory, "CHUNK_BYTES", 100)
     ids, values = torch.arange(90, 0, -1), torch.randn(90, 5)
     impl = RecisImpl(ids, values)
-    rows = LookedUpRows(lambda some: impl.embedding_lookup(some, True)[1], ids, ids.device, "t")
+    rows = LookedUpRows(lambda some: impl.embedding_lookup(some, True)[1], ids, ids.device, "t", chunk_bytes=100)
     found = bytearray(rows.num_bytes)
     rows.read_into(memoryview(found), 0)
     assert bytes(found) == values.numpy().tobytes()

@@ -21,16 +21,15 @@ from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CommitError, ConfigError, PlanError, UserError
 from dist_export.manifest import compute_digest
 from dist_export.pipeline import planning as source_room
-from dist_export.plan.memory_budget import MemoryBudget
-from dist_export.transfer import prune_filter as pruning_room
 from dist_export.transfer.prune_filter import PruneReader, find_pruned
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.verify import verify
 from tests.support import tiny_model
 from tests.support.numbered_cases import numbered_tables, write_numbered
 from tests.support.properties import examples
 from tests.support.recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
 from tests.support.row_model import is_inside, model_of, truth_of_model
-from tests.support.sparse_cases import assert_exact, content, export, open_source, plan, recorded_reads, shrink
+from tests.support.sparse_cases import assert_exact, content, export, open_source, plan, recorded_reads, tiny
 
 PROPERTY = examples(60)
 
@@ -236,16 +235,16 @@ def test_misplaced_rows_are_repaired_or_pruned(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("budget", [None, "runs", 40])
-def test_neither_threads_nor_memory_nor_pieces_change_what_goes(tmp_path, monkeypatch, tables, threads, budget):
+def test_neither_threads_nor_memory_nor_pieces_change_what_goes(tmp_path, tables, threads, budget):
     write_checkpoint(tmp_path / "in", tables)
     rules = [{"tables": "*", "slot": "step_filter", "below": 7}, {"tables": "*", "norm_at_most": 1.5}]
     whole = export(tmp_path / "in", tmp_path / "whole", prune=rules, num_shards=2)
+    tuning = STANDARD
     if budget == "runs":
-        shrink(monkeypatch, granule=5)
-        monkeypatch.setattr(pruning_room, "_PIECE_BYTES", 17)
+        tuning = tiny(granule=5, rule_bytes=17)
     elif budget is not None:
-        monkeypatch.setattr(MemoryBudget, "held_ids", budget)
-    cut = export(tmp_path / "in", tmp_path / "cut", prune=rules, num_shards=2, threads=threads)
+        tuning = Tuning(held_ids=budget)
+    cut = export(tmp_path / "in", tmp_path / "cut", prune=rules, num_shards=2, threads=threads, tuning=tuning)
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
     assert whole.tables == cut.tables
 
@@ -472,7 +471,8 @@ def cases(draw: st.DrawFn):
 def test_an_export_is_what_a_plain_model_says(case, keep, num_shards, threads, granule, drops_score) -> None:
     """Rows are pruned one by one, then of what is left one row of each id stays."""
     parts, kinds, listed = case
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    tuning = STANDARD if granule is None else tiny(granule=granule, rule_bytes=16)
+    with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in", Path(folder) / "out"
         (Path(folder) / "ids").write_text("\n".join(map(str, listed)))
         rule_of = {
@@ -481,9 +481,6 @@ def test_an_export_is_what_a_plain_model_says(case, keep, num_shards, threads, g
             "deny": {"deny": f"{folder}/ids"},
             "allow": {"allow": f"{folder}/ids"},
         }
-        if granule is not None:
-            shrink(patch, granule=granule)
-            patch.setattr(pruning_room, "_PIECE_BYTES", 16)
         write_checkpoint(source, {"t": parts, "u": make_tables({"u": 9}, 2)["u"]})
         manifest = export(
             source,
@@ -494,9 +491,10 @@ def test_an_export_is_what_a_plain_model_says(case, keep, num_shards, threads, g
             num_shards=num_shards,
             threads=threads,
             drop_slots=["score"] if drops_score else [],
+            tuning=tuning,
         )
         found = read_back(target)["t"]
-        report = verify(str(target))
+        report = verify(str(target), tuning=tuning)
     counts: Counter[str] = Counter()
     left, strangers = [], 0
     for part in parts:

@@ -18,7 +18,6 @@ import torch
 from dist_export.cli import main
 from dist_export.diff.compare import diff
 from dist_export.package.reader import Package, open_package
-from dist_export.report import read
 from dist_export.report.entries import Found, FoundEvents
 from dist_export.report.facts import describe_report
 from dist_export.report.page import render_page
@@ -220,8 +219,7 @@ def test_rows_are_read_in_blocks(package: str, monkeypatch: pytest.MonkeyPatch) 
     with open_package(package) as opened:
         whole = read_norms(opened, sample_rows=0)
         monkeypatch.setattr(Package, "read_run", note)
-        monkeypatch.setattr(read, "_BLOCK_VALUES", 64 * DIM)
-        assert read_norms(opened, sample_rows=0) == whole
+        assert read_norms(opened, sample_rows=0, block_values=64 * DIM) == whole
     assert max(sizes) == 64
 
 

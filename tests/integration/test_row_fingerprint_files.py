@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import dist_export
-from dist_export.commit import row_fingerprints
 from dist_export.config.loader import load_config
 from dist_export.errors import CommitError, PackageError, UserError
 from dist_export.formats.digests import digest_bytes
@@ -23,6 +22,7 @@ from dist_export.manifest import Manifest, PartEntry, RowFingerprintsEntry, deco
 from dist_export.package.row_fingerprints import open_fingerprints
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.storage.staging import Staging
+from dist_export.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.support import sparse_cases
 from tests.support.numbered_cases import numbered_tables, write_numbered
@@ -123,9 +123,8 @@ def test_in_place_they_are_written_beside_the_files_of_the_checkpoint(source: Pa
 
 
 @pytest.mark.parametrize("settings", [{"threads": 1, "digest": "none"}, {"threads": 3}])
-def test_threads_and_memory_change_no_byte(source: Path, exported: Path, tmp_path: Path, settings, monkeypatch) -> None:
-    monkeypatch.setattr(row_fingerprints, "PIECE_BYTES", 300)
-    export(source, tmp_path / "out", num_shards=2, **settings)
+def test_threads_and_memory_change_no_byte(source: Path, exported: Path, tmp_path: Path, settings) -> None:
+    export(source, tmp_path / "out", num_shards=2, tuning=Tuning(fingerprint_bytes=300), **settings)
     for name in (A, B):
         assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
 

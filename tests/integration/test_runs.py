@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
 
 def find(run: Path, *, needs_dense: bool = False, **settings: object):
     config = ExportConfig(ckpt_dir=str(run), export_dir="out", **settings)
-    return find_checkpoint(config, str(run), needs_dense=needs_dense)
+    return find_checkpoint(config, str(run), step=config.step, needs_dense=needs_dense)
 
 
 def test_the_latest_is_by_number_not_by_name(run: Path) -> None:

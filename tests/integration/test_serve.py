@@ -22,7 +22,6 @@ from tritonclient import http as triton
 
 import dist_export
 from dist_export.errors import PackageError
-from dist_export.serve import app as serve_app
 from dist_export.serve.run import listen
 from dist_export.serve.served import Watcher
 from dist_export.workdir import swap
@@ -174,11 +173,10 @@ def tensors(inputs: dict[str, np.ndarray], **changes: dict[str, Any]) -> bytes:
 SCORE = "/v2/models/score/infer"
 
 
-def test_bad_requests_are_answered_in_one_sentence(address: str, packages: list[Path], monkeypatch) -> None:
+def test_bad_requests_are_answered_in_one_sentence(packages: list[Path]) -> None:
     good = inputs_of(packages[0])
     large = inputs_of(packages[0], num_examples=1001)
     without = {name: value for name, value in good.items() if name != "user"}
-    monkeypatch.setattr(serve_app, "MAX_BODY_BYTES", 200_000)
     cases: list[tuple[int, str, tuple[str, bytes, dict[str, str]]]] = [
         (200, "", (SCORE, tensors(good), {})),
         (200, "", (SCORE, gzip.compress(tensors(good)), {"Content_Encoding": "gzip"})),
@@ -223,13 +221,14 @@ def test_bad_requests_are_answered_in_one_sentence(address: str, packages: list[
             ),
         ),
     ]
-    for status, message, (path, body, headers) in cases:
-        found, answer = post(address, path, body, **headers)
-        assert found == status, answer
-        if status != 200:
-            assert list(answer) == ["error"]
-            assert message in answer["error"]
-            assert "\n" not in answer["error"]
+    with running(Watcher(str(packages[0])), most_bytes=200_000) as address:
+        for status, message, (path, body, headers) in cases:
+            found, answer = post(address, path, body, **headers)
+            assert found == status, answer
+            if status != 200:
+                assert list(answer) == ["error"]
+                assert message in answer["error"]
+                assert "\n" not in answer["error"]
 
 
 def test_metrics_count_the_requests(address: str, packages: list[Path]) -> None:

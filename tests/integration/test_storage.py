@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from dist_export.errors import ConfigError, ExportError, TransferError
-from dist_export.formats import digests
 from dist_export.formats.digests import digest_bytes, root_digest
 from dist_export.storage import directory as storage
 from dist_export.storage.directory import WORK_DIRECTORY, Directory, digest_file, local_tree
@@ -220,19 +219,18 @@ def test_memory_exports_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 99, 100])
-def test_digests_agree_whoever_computes_them(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(digests, "CHUNK_BYTES", 10)
+def test_digests_agree_whoever_computes_them(tmp_path, size):
     data = os.urandom(size)
     directory = open_directory(tmp_path)
     directory.write("f", data)
-    assert digest_file(directory, "f") == digest_bytes(data)
+    assert digest_file(directory, "f", chunk_bytes=10) == digest_bytes(data, chunk_bytes=10)
     import xxhash
 
     chunks = [data[i : i + 10] for i in range(0, max(size, 1), 10)]
-    assert digest_bytes(data) == root_digest([xxhash.xxh3_128_digest(chunk) for chunk in chunks])
+    assert digest_bytes(data, chunk_bytes=10) == root_digest([xxhash.xxh3_128_digest(chunk) for chunk in chunks])
     assert digest_bytes(data).startswith("xxh3:")
     if size:
-        assert digest_bytes(data[:-1]) != digest_bytes(data)
+        assert digest_bytes(data[:-1], chunk_bytes=10) != digest_bytes(data, chunk_bytes=10)
 
 
 def test_a_file_of_several_buffers(tmp_path):

@@ -34,7 +34,7 @@ from tests.support.plain_cases import (
     read_numbered,
     same,
 )
-from tests.support.sparse_cases import export, shrink
+from tests.support.sparse_cases import export, tiny
 
 
 def save(path: Path, content: Any) -> Path:
@@ -63,9 +63,8 @@ def test_dtypes_stay(dtype: torch.dtype, tmp_path: Path) -> None:
     assert_same(read_numbered(tmp_path / "out"), {"t.embeddings.a.weight": table})
 
 
-def test_tensors_that_do_not_lie_row_after_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_do_not_lie_row_after_row(tmp_path: Path) -> None:
     """Transposed, padded, a view into another tensor's storage, tied, a single row: read by strides, never by shape."""
-    shrink(monkeypatch)
     base = torch.arange(600, dtype=torch.float32).reshape(30, 20)
     tables = {
         "transposed.weight": torch.arange(28, dtype=torch.float32).reshape(4, 7).t(),
@@ -81,7 +80,7 @@ def test_tensors_that_do_not_lie_row_after_row(tmp_path: Path, monkeypatch: pyte
     path = save(tmp_path / "ckpt.pt", tables)
     for num_shards in (1, 4):
         out = tmp_path / str(num_shards)
-        export(path, out, treat_as_tables=["*"], num_shards=num_shards)
+        export(path, out, treat_as_tables=["*"], num_shards=num_shards, tuning=tiny())
         assert_same(read_numbered(out), {name: tensor.contiguous() for name, tensor in tables.items()})
 
 

@@ -12,13 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from dist_export.formats import digests
-from dist_export.ids import columns
 from dist_export.manifest import Manifest
+from dist_export.tuning import Tuning
 from dist_export.verify import ids as id_check
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify
-from dist_export.verify.work_split import Bounds, cut, share_out
+from dist_export.verify.work_split import cut, share_out
 from tests.integration.test_package import BREAKS, reseal, restate
 from tests.support import exports, tiny_model
 from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
@@ -300,11 +299,11 @@ def test_without_its_manifest_it_is_a_directory_of_recis(sparse: Path) -> None:
 
 
 @pytest.mark.parametrize("digest", ["xxh3", "sha256", "blake3", "none"])
-def test_every_digest_is_checked(digest: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(digests, "CHUNK_BYTES", 64)
+def test_every_digest_is_checked(digest: str, tmp_path: Path) -> None:
+    tuning = Tuning(chunk_bytes=64)
     write_checkpoint(tmp_path / "ckpt", make_tables({"t": 60}, 2))
-    export(tmp_path / "ckpt", tmp_path / "out", num_shards=2, digest=digest)
-    report = verify(str(tmp_path / "out"), threads=3, max_memory=64 << 20)
+    export(tmp_path / "ckpt", tmp_path / "out", num_shards=2, digest=digest, tuning=tuning)
+    report = verify(str(tmp_path / "out"), threads=3, max_memory=64 << 20, tuning=tuning)
     assert report.findings == []
     assert ("sizes alone of 2" in report.checked[0]) == (digest == "none")
     path = tmp_path / "out" / B
@@ -312,7 +311,7 @@ def test_every_digest_is_checked(digest: str, tmp_path: Path, monkeypatch) -> No
     data[-70] ^= 1
     path.write_bytes(data)
     expected = set() if digest == "none" else {(B, "digest")}
-    assert told(verify(str(tmp_path / "out"), threads=3, max_memory=64 << 20)) == expected
+    assert told(verify(str(tmp_path / "out"), threads=3, max_memory=64 << 20, tuning=tuning)) == expected
 
 
 @pytest.mark.fixtures
@@ -406,7 +405,7 @@ def brute_force(tables: dict[str, list[PartSpec]]) -> dict[str, tuple[int, int]]
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("held", [7, 64, 350, 1 << 20])
 @pytest.mark.parametrize("run_rows", [3, 1 << 16])
-def test_repeats_are_the_same_in_any_bounds_and_shares(threads, held, run_rows, tmp_path: Path, monkeypatch) -> None:
+def test_repeats_are_the_same_in_any_bounds_and_shares(threads, held, run_rows, tmp_path: Path) -> None:
     tables = tables_with_repeats()
     folder = write_checkpoint(tmp_path / "c", tables)
     expected = verify(str(folder)).findings
@@ -415,10 +414,8 @@ def test_repeats_are_the_same_in_any_bounds_and_shares(threads, held, run_rows, 
         assert any(f"{rows} ids of table {name!r} stand twice, first {first}" in line for line in expected), name
     assert sum("stand twice" in line for line in expected) == len(truth) == 4
     assert sum("outside its slice" in line for line in expected) == 1
-    monkeypatch.setattr(Bounds, "held_ids", property(lambda _: held))
-    monkeypatch.setattr(columns, "RUN_ROWS", run_rows)
-    monkeypatch.setattr(id_check, "_PIECE_ROWS", 5)
-    assert verify(str(folder), threads=threads, max_memory=64 << 20).findings == expected
+    tuning = Tuning(held_ids=held, run_rows=run_rows, verified_ids=5)
+    assert verify(str(folder), threads=threads, max_memory=64 << 20, tuning=tuning).findings == expected
 
 
 def test_no_more_ids_are_held_than_allowed(tmp_path: Path, monkeypatch) -> None:
@@ -430,8 +427,7 @@ def test_no_more_ids_are_held_than_allowed(tmp_path: Path, monkeypatch) -> None:
             super().__init__(capacity)
 
     monkeypatch.setattr(id_check, "HeldIds", Counted)
-    monkeypatch.setattr(Bounds, "held_ids", property(lambda _: 33))
-    verify(str(write_checkpoint(tmp_path / "c", tables_with_repeats())))
+    verify(str(write_checkpoint(tmp_path / "c", tables_with_repeats())), tuning=Tuning(held_ids=33))
     assert max(asked) == 33
 
 
@@ -450,8 +446,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_a_finding(sparse: Path, monkey
     monkeypatch.setattr(LocalReader, "read_many", RangeReader.read_many)  # one by one
     report = verify(str(sparse), finite=True)
     assert told(report) == {(B, "ids"), (B, "finite")}
-    monkeypatch.setattr(digests, "CHUNK_BYTES", 256)
-    assert told(verify(str(sparse))) >= {(B, "digest")}
+    assert told(verify(str(sparse), tuning=Tuning(chunk_bytes=256))) >= {(B, "digest")}
     assert all("Input/output error" in line for line in report.findings)
 
 

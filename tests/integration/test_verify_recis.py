@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dist_export.errors import UserError
+from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify
 from tests.support.fixture_cases import CASES
@@ -416,18 +417,15 @@ def test_an_id_in_two_parts_of_one_name_is_found(tmp_path: Path) -> None:
     assert {finding.check for finding in report.found} == {"twice", "unique"}
 
 
-def test_a_merged_manifest_with_an_entry_twice(tmp_path: Path, monkeypatch) -> None:
+def test_a_merged_manifest_with_an_entry_twice(tmp_path: Path) -> None:
     """Also where the two are far apart, in different pieces of a long file."""
-    from dist_export.formats import strict_json
-
     folder = checkpoint(tmp_path / "c")
     entries = json.loads((folder / MERGED).read_text())
     text = json.dumps(entries, indent=4)
     first = json.dumps({"t.embedding/part_0_2": entries["t.embedding/part_0_2"]}, indent=4)
     (folder / MERGED).write_text(text[:-2] + "," + first[1:])
-    for piece_bytes in (strict_json._PIECE_BYTES, 64):
-        monkeypatch.setattr(strict_json, "_PIECE_BYTES", piece_bytes)
-        (line,) = verify(str(folder)).findings
+    for tuning in (STANDARD, Tuning(json_bytes=64)):
+        (line,) = verify(str(folder), tuning=tuning).findings
         assert "the key 't.embedding/part_0_2' stands there twice" in line
 
 
@@ -557,11 +555,7 @@ def bits_of(dtype: str, values: list[float]) -> Any:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
-def test_values_that_are_not_finite_are_counted_by_table_and_slot(dtype, threads, tmp_path: Path, monkeypatch) -> None:
-    from dist_export.verify import finite
-
-    monkeypatch.setattr(finite, "_PIECE_BYTES", 16)
-    monkeypatch.setattr(finite, "_BUFFER_BYTES", 8)
+def test_values_that_are_not_finite_are_counted_by_table_and_slot(dtype, threads, tmp_path: Path) -> None:
     inf, nan = float("inf"), float("nan")
     parts = [
         part([1, 2, 3], 0, 8, slots={"embedding": bits_of(dtype, [0, -1, 2, 65504 / 2, 1e-4, -0.0])}),
@@ -569,7 +563,8 @@ def test_values_that_are_not_finite_are_counted_by_table_and_slot(dtype, threads
     ]
     folder = write_checkpoint(tmp_path / "c", {"t": parts}, dense={"w": np.array(nan, np.float32), "i": np.array([7])})
     assert verify(str(folder)).findings == []
-    report = verify(str(folder), finite=True, threads=threads, max_memory=64 << 20)
+    tuning = Tuning(value_bytes=16, scan_bytes=8)
+    report = verify(str(folder), finite=True, threads=threads, max_memory=64 << 20, tuning=tuning)
     assert report.findings == [
         f"{A}: dense tensor 'w' holds 1 NaN and 0 infinities, first in 'w^ ' row 0",
         f"{B}: slot 'embedding' of table 't' holds 1 NaN and 2 infinities, first in 't.embedding/part_1_2' row 1",

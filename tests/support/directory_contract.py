@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_export.errors import TransferError
-from dist_export.storage.directory import Directory, digest_file, read_pieces
+from dist_export.storage.directory import Directory, digest_file, pieces_of
 
 MIB = 1 << 20
 
@@ -122,7 +122,8 @@ class DirectoryContract:
         directory.make()
         content = bytes(range(256)) * (3 * MIB // 256) + b"end"
         directory.write("f", content)
-        assert b"".join(bytes(piece) for piece in read_pieces(directory, "f")) == content
+        with directory.open_reader("f") as reader:
+            assert b"".join(bytes(piece) for piece in pieces_of(reader, len(content))) == content
         before = digest_file(directory, "f")
         directory.write("f", content[:-1] + b"D")
         assert digest_file(directory, "f") != before

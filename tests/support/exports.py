@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import dist_export
+from dist_export.config.loader import load_config
+from dist_export.pipeline.config_agreement import build_and_digest
+from dist_export.pipeline.run import run_export
+from dist_export.runtime.joining import join
+from dist_export.tuning import STANDARD, Tuning
 
 SCORES_OFF = {"score_program": "off"}
 
@@ -18,6 +23,12 @@ def exporter(*arguments: Any, **settings: Any) -> dist_export.Exporter:
     return dist_export.Exporter(*arguments, **{**SCORES_OFF, **settings})
 
 
-def export(config: Mapping[str, Any], **options: Any) -> dist_export.Manifest:
-    """Export as ``dist_export.export`` does."""
-    return dist_export.export({**SCORES_OFF, **config}, **options)
+def export(config: Mapping[str, Any], *, tuning: Tuning = STANDARD, **options: Any) -> dist_export.Manifest:
+    """Export as ``dist_export.export`` does. With a ``tuning`` of its own it shows no progress."""
+    values = {**SCORES_OFF, **config}
+    if tuning is STANDARD:
+        return dist_export.export(values, **options)
+    settings = load_config(values)
+    with join(timeout_secs=settings.timeout) as ranks:
+        objects, digests = build_and_digest(ranks, settings)
+        return run_export(ranks, settings, objects, is_shown=False, digests=digests, tuning=tuning, **options)[0]

@@ -18,10 +18,10 @@ from dist_export.serve.served import Watcher
 
 
 @contextlib.contextmanager
-def running(watcher: Watcher) -> Iterator[str]:
-    """Run the server in this process; give its address."""
+def running(watcher: Watcher, **options: Any) -> Iterator[str]:
+    """Run the server in this process; give its address. ``options`` as of ``build_app``."""
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(build_app(watcher), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(build_app(watcher, **options), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:

@@ -13,24 +13,18 @@ import numpy as np
 import dist_export
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
-from dist_export.formats import digests
-from dist_export.ids import columns
 from dist_export.pipeline.planning import PlannedSparse, open_checkpoint, plan_sparse
-from dist_export.plan import census as plan_census
-from dist_export.plan import segments as plan_routes
-from dist_export.plan import work_units as plan_units
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.plan import SparsePlan
-from dist_export.plan.work_units import assign
+from dist_export.plan.work_units import assign, plan_units
 from dist_export.runtime.joining import join
 from dist_export.storage import range_reader
 from dist_export.storage.range_reader import OpenReaders
 from dist_export.storage.staging import Staging
 from dist_export.storage.urls import open_directory
-from dist_export.transfer import id_scan as transfer_census
-from dist_export.transfer import unit_runner as transfer_units
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.unit_runner import UnitRunner
+from dist_export.tuning import STANDARD, Tuning
 from tests.support import exports
 from tests.support.recis_writer import read_back
 
@@ -38,9 +32,10 @@ KEPT = ("id", "embedding")
 ADAM = ("sparse_adam_exp_avg", "sparse_adam_exp_avg_sq")
 
 
-def export(source: Any, target: Any, **settings: Any) -> dist_export.Manifest:
+def export(source: Any, target: Any, *, tuning: Tuning = STANDARD, **settings: Any) -> dist_export.Manifest:
     """Export with the filter on and without a score program, in this process."""
-    return exports.export({"ckpt_dir": str(source), "export_dir": str(target), "filter_sparse_opt": True, **settings})
+    config = {"ckpt_dir": str(source), "export_dir": str(target), "filter_sparse_opt": True, **settings}
+    return exports.export(config, tuning=tuning)
 
 
 def export_with_scores(source: Any, target: Any, **settings: Any) -> dist_export.Manifest:
@@ -81,26 +76,30 @@ def open_source(source: Any) -> Checkpoint:
         return open_checkpoint(ranks, open_directory(str(source)))
 
 
-def plan(source: Any, *, world_size: int = 1, **settings: Any) -> PlannedSparse:
+def plan(source: Any, *, world_size: int = 1, tuning: Tuning = STANDARD, **settings: Any) -> PlannedSparse:
     """Plan an export with the filter on, as ``export`` does; write nothing."""
     values = {"filter_sparse_opt": True, **settings}
     config = ExportConfig(ckpt_dir=str(source), export_dir="/nowhere", **values)
     with join(timeout_secs=60) as ranks:
-        return plan_sparse(ranks, open_checkpoint(ranks, open_directory(str(source))), config, world_size=world_size)
+        checkpoint = open_checkpoint(ranks, open_directory(str(source)))
+        return plan_sparse(ranks, checkpoint, config, world_size=world_size, tuning=tuning)
 
 
-def run(plan: SparsePlan, folder: Path, *, world_size: int = 1, seed: int | None = None) -> dict[str, bytes]:
+def run(
+    plan: SparsePlan, folder: Path, *, world_size: int = 1, seed: int | None = None, tuning: Tuning = STANDARD
+) -> dict[str, bytes]:
     """Run the units of a plan as so many ranks would, in a shuffled order, and return the files."""
     folder.mkdir(parents=True)
     staging = Staging(open_directory(folder))
     for file in plan.files:
         staging.create(file.name, file.num_bytes)
-    writing, _ = plan_units.plan_units(plan)
+    writing, _ = plan_units(plan, tuning=tuning)
+    budget = MemoryBudget(64 << 20, 1, tuning)
     queues = assign(writing, world_size)
     assert sorted(unit for queue in queues for unit in queue) == list(range(len(writing)))
     outputs = [StagedFiles(plan, staging) for _ in queues]
     runners = [
-        UnitRunner(plan, its, OpenReaders(lambda _: None), budget=MemoryBudget(64 << 20, 1), digest="xxh3")  # type: ignore[arg-type,return-value]
+        UnitRunner(plan, its, OpenReaders(lambda _: None), budget=budget, digest="xxh3")  # type: ignore[arg-type,return-value]
         for its in outputs
     ]
     work = [(rank, unit) for rank, queue in enumerate(queues) for unit in queue]
@@ -116,16 +115,18 @@ def run(plan: SparsePlan, folder: Path, *, world_size: int = 1, seed: int | None
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def shrink(monkeypatch: Any, *, chunk: int = 64, unit: int = 128, granule: int = 7, buffer: int = 24) -> None:
+def tiny(*, chunk: int = 64, unit: int = 128, granule: int = 7, buffer: int = 24, **others: Any) -> Tuning:
     """Cut all work into tiny pieces, so that small files meet every edge."""
-    for module in (digests, plan_units):
-        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(plan_units, "UNIT_BYTES", unit)
-    monkeypatch.setattr(transfer_units, "_BUFFER_BYTES", buffer)
-    monkeypatch.setattr(MemoryBudget, "gather_rows", lambda _, row_bytes, __: max(1, buffer // max(row_bytes, 1)))
-    for module in (plan_census, plan_routes, transfer_census):
-        monkeypatch.setattr(module, "GRANULE_ROWS", granule)
-    monkeypatch.setattr(columns, "RUN_ROWS", granule)
+    return Tuning(
+        chunk_bytes=chunk,
+        unit_bytes=unit,
+        copy_bytes=buffer,
+        gather_bytes=buffer,
+        write_bytes=0,
+        granule_rows=granule,
+        run_rows=granule,
+        **others,
+    )
 
 
 def content(folder: Path) -> dict[str, bytes]:

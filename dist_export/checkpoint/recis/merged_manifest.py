@@ -14,6 +14,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import DENSE_SUFFIX, MergedEntry
 from dist_export.formats.strict_json import KeyTwiceError, read_members, show
+from dist_export.tuning import STANDARD
 
 _EMBEDDING = ".embedding"
 """Anywhere in a key, this makes RecIS list a block as an embedding."""
@@ -24,20 +25,28 @@ _CODES = {"": _ANY_DTYPE, **{dtype.name: code for code, dtype in enumerate(DTYPE
 
 
 def check_merged(
-    raw: bytes, headers: HeaderColumns, keys: tuple[str, ...], place_of_key: dict[str, int], *, where: str
+    raw: bytes,
+    headers: HeaderColumns,
+    keys: tuple[str, ...],
+    place_of_key: dict[str, int],
+    *,
+    where: str,
+    piece_bytes: int = STANDARD.json_bytes,
 ) -> None:
     """Refuse a manifest that is of another save. Entries without a block are parameters of ``model.pt``.
 
     Args:
         keys: the names that ``headers.place`` counts in.
         place_of_key: the other way round.
+        piece_bytes: the size of the pieces in which it is decoded.
 
     Raises:
         CheckpointError: an entry names no block, or gives it another shape or dtype; an embedding has no entry.
     """
     if raw.strip() == b"null":  # some versions write null where a rank had nothing to save
         return
-    read_members(raw, _DECODER, _Comparison(headers, keys, place_of_key, where).run, what=where)
+    comparison = _Comparison(headers, keys, place_of_key, where)
+    read_members(raw, _DECODER, comparison.run, what=where, piece_bytes=piece_bytes)
 
 
 class _Comparison:

@@ -29,6 +29,7 @@ from dist_export.formats.recis import DENSE_SUFFIX, INDEX, MERGED, TENSORKEY
 from dist_export.formats.recis_index import decode_indexes
 from dist_export.formats.safetensors import Header, decode_header, header_length
 from dist_export.storage.directory import Directory
+from dist_export.tuning import STANDARD
 
 T = TypeVar("T")
 
@@ -67,12 +68,17 @@ def list_finished(directory: Directory) -> set[str]:
 class RecisReader:
     """Reads one RecIS checkpoint directory. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
-    def __init__(self, directory: Directory) -> None:
-        """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing."""
+    def __init__(self, directory: Directory, *, json_bytes: int = STANDARD.json_bytes) -> None:
+        """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing.
+
+        ``json_bytes``: the size of the pieces in which they are decoded.
+        """
         self.directory = directory
+        self._json_bytes = json_bytes
         names = list_finished(directory)
         self._raw = {name: self._read(name) for name in (INDEX, TENSORKEY)}
-        self._index = decode_indexes(self._raw[INDEX], self._raw[TENSORKEY], where=directory.url.rstrip("/"))
+        raws = self._raw[INDEX], self._raw[TENSORKEY]
+        self._index = decode_indexes(*raws, where=directory.url.rstrip("/"), piece_bytes=json_bytes)
         absent = [name for name in self._index.files if name not in names]
         if absent:
             raise CheckpointError(
@@ -122,6 +128,7 @@ class RecisReader:
                 self._index.keys,
                 self._index.place_of_key,
                 where=self.directory.describe(MERGED),
+                piece_bytes=self._json_bytes,
             )
         return Checkpoint(
             format="recis",

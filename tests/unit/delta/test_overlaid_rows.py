@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from dist_export.delta import overlaid_rows
 from dist_export.delta.overlaid_rows import OverlaidRows, list_runs
 from dist_export.errors import TransferError
 from dist_export.package.reader import Package, open_package
@@ -37,16 +36,15 @@ def delta(values, tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield package
 
 
-def reader_of(delta: Package) -> OverlaidRows:
+def reader_of(delta: Package, **sizes: int) -> OverlaidRows:
     assert delta.base is not None
     runs = list_runs(delta.base.table(NAME))
-    return OverlaidRows("here", delta.base.rows_of(NAME), runs, [delta.rows_of(NAME)], row_bytes=4 * DIM)
+    return OverlaidRows("here", delta.base.rows_of(NAME), runs, [delta.rows_of(NAME)], row_bytes=4 * DIM, **sizes)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 50, 1 << 20])
-def test_any_bytes(delta: Package, values, monkeypatch, piece_bytes: int) -> None:
-    monkeypatch.setattr(overlaid_rows, "_PIECE_BYTES", piece_bytes)
-    expected, reader = values[1].numpy().tobytes(), reader_of(delta)
+def test_any_bytes(delta: Package, values, piece_bytes: int) -> None:
+    expected, reader = values[1].numpy().tobytes(), reader_of(delta, piece_bytes=piece_bytes)
     random = np.random.default_rng(0)
     pairs = [(0, len(expected)), (0, 0), (len(expected), 0), (7, 1)]
     pairs += [(int(first), int(random.integers(0, 400))) for first in random.integers(0, len(expected), 40)]

@@ -34,18 +34,17 @@ def by_hand(data, algorithm, chunk):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 99, 100])
-def test_a_root_over_the_digests_of_chunks(tmp_path, monkeypatch, size, algorithm):
-    monkeypatch.setattr(digests, "CHUNK_BYTES", 10)
+def test_a_root_over_the_digests_of_chunks(tmp_path, size, algorithm):
     data = os.urandom(size)
     open_directory(tmp_path).write("f", data)
     expected = by_hand(data, algorithm, 10)
-    assert digest_bytes(data, algorithm) == expected
-    assert digest_file(open_directory(tmp_path), "f", algorithm) == expected
+    assert digest_bytes(data, algorithm, chunk_bytes=10) == expected
+    assert digest_file(open_directory(tmp_path), "f", algorithm, chunk_bytes=10) == expected
     for cut in (1, 3, 7, 10, 15, 64):
         pieces = [memoryview(data[i : i + cut]) for i in range(0, size, cut)]
-        assert digest_pieces(pieces, algorithm) == expected
+        assert digest_pieces(pieces, algorithm, chunk_bytes=10) == expected
     if size:
-        assert digest_bytes(data[:-1] + bytes([data[-1] ^ 1]), algorithm) != expected
+        assert digest_bytes(data[:-1] + bytes([data[-1] ^ 1]), algorithm, chunk_bytes=10) != expected
 
 
 def test_the_text_of_a_digest_tells_its_algorithm():

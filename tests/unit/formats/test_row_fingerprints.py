@@ -69,9 +69,8 @@ def test_the_examples_of_the_specification(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("most_bytes", [1, 100, 1_000, 1 << 20])
-def test_the_size_of_a_group_changes_no_fingerprint(most_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_group_changes_no_fingerprint(most_bytes: int) -> None:
     """Parts with slots in two files, of any width, also without bytes."""
-    monkeypatch.setattr(row_fingerprints, "_MOST_ROWS", 17)
     parts = [
         PartSlots(30, (SlotBlock(0, 3, 12), SlotBlock(1, 5, 1))),
         PartSlots(1, (SlotBlock(1, 700, 2_000),)),
@@ -81,7 +80,7 @@ def test_the_size_of_a_group_changes_no_fingerprint(most_bytes: int, monkeypatch
     ]
     pieces = [Piece(part, 0, its.num_rows) for part, its in enumerate(parts)]
     fingerprinter, found = Fingerprinter(parts, read_many), [[] for _ in parts]
-    for group in group_pieces(pieces, parts, most_bytes):
+    for group in group_pieces(pieces, parts, most_bytes, most_rows=17):
         assert group
         is_small = sum(piece.num_rows * parts[piece.part].row_bytes for piece in group) <= most_bytes
         assert is_small or [piece.num_rows for piece in group if parts[piece.part].row_bytes] == [1]

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_export.errors import CheckpointError
-from dist_export.formats import strict_json
 from dist_export.formats.strict_json import KeyTwiceError, decode_canonical, decode_object, read_members
 from tests.support.properties import examples
 
@@ -61,7 +60,8 @@ def test_only_what_is_written_as_programs_write_it_takes_the_fast_way(raw, is_ca
     assert (decode_canonical(raw, ANY) is not None) == is_canonical
 
 
-def read(raw, decoder=TEXTS):
+def read(raw, decoder=TEXTS, piece_bytes=10):
+    """Read in tiny pieces; return the members and the number of pieces."""
     seen = []
 
     def take(pieces):
@@ -74,12 +74,7 @@ def read(raw, decoder=TEXTS):
             found.update(piece)
         return found
 
-    return read_members(raw, decoder, take, what="dir/x"), len(seen)
-
-
-@pytest.fixture
-def tiny_pieces(monkeypatch):
-    monkeypatch.setattr(strict_json, "_PIECE_BYTES", 10)
+    return read_members(raw, decoder, take, what="dir/x", piece_bytes=piece_bytes), len(seen)
 
 
 ODD = {f'k{i},\n    "': f'v",\n    "{i}é' for i in range(20)}
@@ -87,7 +82,7 @@ ODD = {f'k{i},\n    "': f'v",\n    "{i}é' for i in range(20)}
 
 @pytest.mark.parametrize("indent", [None, 2, 4])
 @pytest.mark.parametrize("document", [{}, {"a": "1"}, {f"k{i}": f"v{i}" for i in range(50)}, ODD])
-def test_a_long_object_comes_in_pieces(tiny_pieces, document, indent):
+def test_a_long_object_comes_in_pieces(document, indent):
     for is_ascii in (True, False):
         raw = json.dumps(document, indent=indent, ensure_ascii=is_ascii).encode()
         found, num_pieces = read(raw)
@@ -96,7 +91,7 @@ def test_a_long_object_comes_in_pieces(tiny_pieces, document, indent):
         assert (num_pieces > 1) == (indent == 4 and len(document) > 1)
 
 
-def test_a_piece_in_another_spelling_comes_as_plain_values(tiny_pieces):
+def test_a_piece_in_another_spelling_comes_as_plain_values():
     document = {**{f"k{i}": "v" for i in range(9)}, "deep": {"z": [1, {"b": 2}], "a": {}}, "last": "x"}
     found, num_pieces = read(json.dumps(document, indent=4).encode())
     assert found == document
@@ -116,14 +111,14 @@ def test_a_piece_in_another_spelling_comes_as_plain_values(tiny_pieces):
         (b'{\n    "aaaaaaaaaa": [\n}', "not the JSON"),
     ],
 )
-def test_what_is_wrong_is_told_of_the_whole(tiny_pieces, raw, said):
+def test_what_is_wrong_is_told_of_the_whole(raw, said):
     with pytest.raises(CheckpointError) as caught:
         read(raw)
     assert said in str(caught.value)
     assert str(caught.value).startswith("dir/x")
 
 
-def test_a_cut_inside_a_value_does_no_harm(tiny_pieces):
+def test_a_cut_inside_a_value_does_no_harm():
     raw = b'{\n    "a": ["xxxxxxxxxxxx",\n    "y"],\n    "b": "z"\n}'
     assert read(raw) == ({"a": ["xxxxxxxxxxxx", "y"], "b": "z"}, 1)
     with pytest.raises(CheckpointError, match="found list"):

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import read_runs
 from dist_export.storage.range_reader import Stream
 from tests.support.properties import examples
@@ -43,29 +41,27 @@ class Memory:
 @PROPERTY
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.booleans()), max_size=12), st.integers(1, 6))
 def test_every_id_comes_once_with_its_block(blocks, run_rows):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(id_columns, "RUN_ROWS", run_rows)
-        ends = [0, 0, 0]
-        columns = []
-        for number, rows, has_gap in blocks:
-            ends[number] += 8 * has_gap
-            columns.append((number, ends[number], rows))
-            ends[number] += 8 * rows
-        order = np.random.default_rng(len(blocks)).permutation(len(columns))
-        file, offset, rows = np.array([columns[i] for i in order], np.int64).reshape(-1, 3).T
-        memory, found = Memory(), {}
-        for run in read_runs(memory, file, offset, rows):
-            assert 0 < len(run.ids) < 2 * run_rows or len(run.blocks) == 1
-            assert len(run.ids) <= max(2 * run_rows - 1, 1)
-            assert run.first_row == 0 or len(run.blocks) == 1
-            stops = [*run.starts[1:].tolist(), len(run.ids)]
-            for block, start, stop in zip(run.blocks.tolist(), run.starts.tolist(), stops, strict=True):
-                assert len(found.setdefault(block, [])) == run.first_row
-                found[block] += run.ids[start:stop].tolist()
-        for block in range(len(columns)):
-            first = offset[block] // 8 + 10_000 * file[block]
-            assert found.get(block, []) == list(range(first, first + rows[block]))
-        assert sum(size for _, _, size in memory.reads) == 8 * rows.sum()
+    ends = [0, 0, 0]
+    columns = []
+    for number, rows, has_gap in blocks:
+        ends[number] += 8 * has_gap
+        columns.append((number, ends[number], rows))
+        ends[number] += 8 * rows
+    order = np.random.default_rng(len(blocks)).permutation(len(columns))
+    file, offset, rows = np.array([columns[i] for i in order], np.int64).reshape(-1, 3).T
+    memory, found = Memory(), {}
+    for run in read_runs(memory, file, offset, rows, run_rows=run_rows):
+        assert 0 < len(run.ids) < 2 * run_rows or len(run.blocks) == 1
+        assert len(run.ids) <= max(2 * run_rows - 1, 1)
+        assert run.first_row == 0 or len(run.blocks) == 1
+        stops = [*run.starts[1:].tolist(), len(run.ids)]
+        for block, start, stop in zip(run.blocks.tolist(), run.starts.tolist(), stops, strict=True):
+            assert len(found.setdefault(block, [])) == run.first_row
+            found[block] += run.ids[start:stop].tolist()
+    for block in range(len(columns)):
+        first = offset[block] // 8 + 10_000 * file[block]
+        assert found.get(block, []) == list(range(first, first + rows[block]))
+    assert sum(size for _, _, size in memory.reads) == 8 * rows.sum()
 
 
 def test_neighbours_in_a_file_are_one_read():

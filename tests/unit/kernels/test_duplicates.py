@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from dist_export.kernels import compiled_duplicates, numpy_duplicates
-from tests.support.kernels import TWIN, open_kernels
+from dist_export.kernels import numpy_duplicates
+from dist_export.kernels.protocol import Kernels
+from tests.support.kernels import IMPLEMENTATIONS, open_kernels
 from tests.support.properties import examples
 
 PROPERTY = examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -30,9 +31,14 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def sweep_small_inputs(monkeypatch):
-    monkeypatch.setattr(numpy_duplicates, "_FEW", 2)
+def open_small(name: str, **sizes: int) -> Kernels:
+    """Return an implementation that also sweeps small inputs."""
+    return open_kernels(name, **({"few": 2} if name == "numpy" else {}), **sizes)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return open_small(request.param)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,9 +112,9 @@ def test_duplicates_among_several_deals_are_found(kernels, bits):
         assert kernels.has_duplicates_dealt(whole, np.stack(edges)) == (twice is not None)
 
 
-def test_many_ids_are_dealt_and_searched(kernels, monkeypatch):
-    monkeypatch.setattr(compiled_duplicates, "_DIRECT_IDS", 1000)
-    monkeypatch.setattr(compiled_duplicates, "_BUCKET_IDS", 100)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_many_ids_are_dealt_and_searched(name):
+    kernels = open_small(name, direct_ids=1000, bucket_ids=100)
     ids = unique_ids(5000)
     assert not kernels.has_duplicates(ids)
     ids[4999] = ids[17]
@@ -117,11 +123,11 @@ def test_many_ids_are_dealt_and_searched(kernels, monkeypatch):
 
 def test_ids_crafted_to_share_every_hash_are_sorted(monkeypatch):
     monkeypatch.setattr(numpy_duplicates, "_MULTIPLIERS", (np.uint64(0),) * 6)  # all ids have one hash
-    ids = unique_ids(3000)
-    assert not TWIN.has_duplicates(ids)
+    kernels, ids = open_small("numpy"), unique_ids(3000)
+    assert not kernels.has_duplicates(ids)
     ids[17] = ids[2999]
-    assert TWIN.has_duplicates(ids)
-    assert TWIN.has_duplicates(ids, np.zeros(3000, np.int64))
+    assert kernels.has_duplicates(ids)
+    assert kernels.has_duplicates(ids, np.zeros(3000, np.int64))
 
 
 @pytest.mark.parametrize("level", ["plain C", "AVX2"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from dist_export.kernels import numpy_fingerprints
+from dist_export.kernels.numpy_fingerprints import fold_blocks
 from tests.support.kernels import IMPLEMENTATIONS, TWIN, open_kernels
 from tests.support.properties import examples
 
@@ -200,12 +200,11 @@ def test_rows_at_any_address_in_chunks_of_any_size_have_the_same_fingerprints(ke
 
 
 @pytest.mark.parametrize("width", [1, 8, 13])
-def test_numpy_folds_blocks_of_rows_as_it_folds_them_at_once(monkeypatch, width):
+def test_numpy_folds_blocks_of_rows_as_it_folds_them_at_once(width):
     rows = random_rows(1000, width)
-    whole = fingerprint(TWIN, rows)
-    monkeypatch.setattr(numpy_fingerprints, "_FEWEST_ROWS", 1)
-    monkeypatch.setattr(numpy_fingerprints, "_BLOCK_BYTES", 64 * width)
-    assert np.array_equal(fingerprint(TWIN, rows), whole)
+    state = TWIN.start_fingerprints(len(rows))
+    fold_blocks(state, rows, step=64)
+    assert np.array_equal(TWIN.finish_fingerprints(state), fingerprint(TWIN, rows))
 
 
 def test_numpy_needs_little_memory_however_many_the_rows_are():

@@ -21,26 +21,28 @@ from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.unit_runner import UnitRunner
 from dist_export.transfer.work_stealing import open_queues, take_units
 from tests.support.recis_writer import make_tables, write_checkpoint
-from tests.support.sparse_cases import plan, run, shrink
+from tests.support.sparse_cases import plan, run, tiny
 from tests.unit.transfer.test_work_stealing import ranks_of
+
+TINY = tiny()
 
 
 @pytest.fixture
-def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SparsePlan:
+def split(tmp_path: Path) -> SparsePlan:
     """Three parts a table into eight files, with copies of another table between."""
-    shrink(monkeypatch)
     tables = make_tables({"a": 900, "b": 60}, 3)
-    return plan(write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(40)}), num_shards=8).plan
+    return plan(write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(40)}), num_shards=8, tuning=TINY).plan
 
 
 @pytest.mark.parametrize("disk_of_rank", [[0, 0, 1, 1], [0, 1, 2], [0, 1, 1, 1, 2, 0], [0, 1, 0, 1]])
 def test_each_disk_builds_its_files_whole(split: SparsePlan, tmp_path: Path, disk_of_rank: list[int]) -> None:
     """By ranks of that disk alone; the bytes are those of an export with one disk."""
-    expected = run(split, tmp_path / "one")
+    expected = run(split, tmp_path / "one", tuning=TINY)
     homes = find_placements(split, range(len(split.files)), disk_of_rank)
-    writing, hashing = plan_units(split, placements=homes)
+    writing, hashing = plan_units(split, placements=homes, tuning=TINY)
     assert all(unit.disk == homes[unit.number] for unit in (*writing, *hashing) if unit.number >= 0)
     assert sum(unit.num_bytes for unit in writing) == split.num_bytes, "what two disks read is written once"
+    budget = MemoryBudget(64 << 20, 1, TINY)
     for disk in sorted(set(disk_of_rank)):
         here = {number for number, its in homes.items() if its == disk}
         assert here, "a disk without work"
@@ -52,7 +54,7 @@ def test_each_disk_builds_its_files_whole(split: SparsePlan, tmp_path: Path, dis
         outputs = StagedFiles(split, staging)
         elsewhere = homes.keys() - here
         runner = UnitRunner(
-            split, outputs, OpenReaders(lambda _: None), budget=MemoryBudget(64 << 20, 1), digest="none", skip=elsewhere  # type: ignore[arg-type,return-value]
+            split, outputs, OpenReaders(lambda _: None), budget=budget, digest="none", skip=elsewhere  # type: ignore[arg-type,return-value]
         )  # fmt: skip
         for unit in writing:
             if unit.disk == disk:
@@ -70,7 +72,7 @@ def test_disks_get_files_by_their_ranks_and_in_runs(split: SparsePlan) -> None:
     assert list(homes.values()) == [0, 0, 1, 1, 1, 1, 1, 1]
     homes = find_placements(split, range(8), [0, 0, 1, 1])
     assert list(homes.values()) == [0, 0, 0, 0, 1, 1, 1, 1]
-    gathers = [unit for unit in plan_units(split, placements=homes)[0] if unit.kind == "gather"]
+    gathers = [unit for unit in plan_units(split, placements=homes, tuning=TINY)[0] if unit.kind == "gather"]
     run_at = [{g for unit in gathers if unit.disk == disk for g in range(unit.begin, unit.end)} for disk in (0, 1)]
     assert run_at[0] | run_at[1] == set(range(len(split.gathers)))
     parts = {split.gathers[number].part for number in run_at[0] & run_at[1]}
@@ -82,7 +84,7 @@ def test_disks_get_files_by_their_ranks_and_in_runs(split: SparsePlan) -> None:
 def test_files_that_are_there_are_nobodys(split: SparsePlan) -> None:
     homes = find_placements(split, [0, 7], [0, 1])
     assert homes == {0: 0, 7: 1}
-    units = plan_units(split, skip=frozenset(range(1, 7)), placements=homes)[0]
+    units = plan_units(split, skip=frozenset(range(1, 7)), placements=homes, tuning=TINY)[0]
     gathers = [unit for unit in units if unit.kind == "gather"]
     assert gathers
     assert {unit.disk for unit in gathers} == {0, 1}

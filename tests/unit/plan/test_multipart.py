@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import dist_export
 from dist_export.errors import PlanError
-from dist_export.plan import multipart as parts_room
 from dist_export.plan.multipart import MAX_PARTS, MIN_PART_BYTES, Part, plan_parts
 from tests.support.recis_writer import make_tables, write_checkpoint
 
@@ -70,10 +69,9 @@ def test_a_long_run_is_several_copies() -> None:
     assert max(part.end - part.begin for part in found) <= 256 * MIB
 
 
-def test_runs_beyond_the_number_of_parts_go_through_here_together(monkeypatch) -> None:
-    monkeypatch.setattr(parts_room, "MAX_PARTS", 20)
+def test_runs_beyond_the_number_of_parts_go_through_here_together() -> None:
     runs = [(6 * MIB, True), (50 * MIB, True)] * 12
-    found = plan_parts(plan_of(MIN_PART_BYTES, runs), part_bytes=8 * MIB, may_copy=True)[0]
+    found = plan_parts(plan_of(MIN_PART_BYTES, runs), part_bytes=8 * MIB, may_copy=True, most_parts=20)[0]
     assert len(found.parts) <= 20
     assert not found.has_remote or any(part.is_remote for part in found.parts)
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +16,6 @@ from dist_export.checkpoint.metadata import Blocks, Checkpoint, DenseTensor, Par
 from dist_export.formats.dtypes import CODE_BY_TORCH
 from dist_export.formats.id_list import IdList
 from dist_export.formats.safetensors import decode_header
-from dist_export.plan import census as plan_census
-from dist_export.plan import segments as plan_routes
-from dist_export.plan import work_units as plan_units_module
 from dist_export.plan.census import Census
 from dist_export.plan.dropped_rows import DroppedRows, account_for, count_kept, drop_nothing
 from dist_export.plan.plan import SparsePlan
@@ -28,6 +24,7 @@ from dist_export.plan.selection import Selection
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import plan_targets
 from dist_export.plan.work_units import assign, plan_units
+from dist_export.tuning import Tuning
 from tests.support.properties import examples
 
 PROPERTY = examples(120)
@@ -154,6 +151,7 @@ def build_plan(case: SimpleNamespace) -> tuple[SparsePlan, dict[tuple[int, int],
         counted=everyone,
         misplaced=np.zeros_like(everyone),
         id_sum=np.zeros(len(everyone), np.uint64),
+        granule_rows=case.granule,
     )
     places = [(part, row) for part, rows in enumerate(case.dropped) for row in rows]
     columns = np.array(places, np.int64).reshape(-1, 2).T
@@ -229,21 +227,12 @@ def lay_bytes(plan: SparsePlan, case: SimpleNamespace) -> list[np.ndarray]:
     return outputs
 
 
-def cut(patch: pytest.MonkeyPatch, case: SimpleNamespace) -> None:
-    for module in (plan_census, plan_routes):
-        patch.setattr(module, "GRANULE_ROWS", case.granule)
-    patch.setattr(plan_units_module, "CHUNK_BYTES", case.chunk)
-    patch.setattr(plan_units_module, "UNIT_BYTES", case.unit * case.chunk)
-
-
 @PROPERTY
 @given(cases())
 def test_every_kept_row_has_one_place_and_no_dropped_row_has_any(case: SimpleNamespace) -> None:
     """Ranges and gathers cover each output once; each row is where the slices say, with all its slots."""
-    with pytest.MonkeyPatch.context() as patch:
-        cut(patch, case)
-        plan, home = build_plan(case)
-        outputs = lay_bytes(plan, case)
+    plan, home = build_plan(case)
+    outputs = lay_bytes(plan, case)
     for output in outputs:
         assert (output != -1).all(), "a byte of the output is not written"
     parts, source = plan.checkpoint.parts, plan.checkpoint.blocks
@@ -274,9 +263,7 @@ def test_every_kept_row_has_one_place_and_no_dropped_row_has_any(case: SimpleNam
 @given(cases())
 def test_headers_say_where_the_blocks_are(case: SimpleNamespace) -> None:
     """Offsets, shapes and sizes in the headers are those of the plan, and leave no gap."""
-    with pytest.MonkeyPatch.context() as patch:
-        cut(patch, case)
-        plan, _ = build_plan(case)
+    plan, _ = build_plan(case)
     seen = 0
     for number, file in enumerate(plan.files):
         header = decode_header(file.header[8:], path=file.name, file_size=file.num_bytes)
@@ -295,10 +282,9 @@ def test_headers_say_where_the_blocks_are(case: SimpleNamespace) -> None:
 @given(cases())
 def test_every_unit_is_in_one_queue_and_the_units_are_the_output(case: SimpleNamespace) -> None:
     """Whatever the ranks and threads; hashed ranges cover each file once, and what is written is what is planned."""
-    with pytest.MonkeyPatch.context() as patch:
-        cut(patch, case)
-        plan, _ = build_plan(case)
-        writing, hashing = plan_units(plan)
+    plan, _ = build_plan(case)
+    tuning = Tuning(chunk_bytes=case.chunk, unit_bytes=case.unit * case.chunk)
+    writing, hashing = plan_units(plan, tuning=tuning)
     queues = assign(writing, case.workers)
     assert len(queues) == case.workers
     assert [unit for queue in queues for unit in queue] == list(range(len(writing)))
@@ -316,9 +302,7 @@ def test_every_unit_is_in_one_queue_and_the_units_are_the_output(case: SimpleNam
 @given(cases())
 def test_a_part_is_gathered_only_where_its_rows_part_ways_or_some_are_dropped(case: SimpleNamespace) -> None:
     """What goes over whole stays a byte range, whatever is dropped elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        cut(patch, case)
-        plan, home = build_plan(case)
+    plan, home = build_plan(case)
     for part, dropped in enumerate(case.dropped):
         targets = {target for (its_part, _), target in home.items() if its_part == part}
         is_gathered = any(gather.part == part for gather in plan.gathers)
@@ -330,9 +314,7 @@ def test_a_part_is_gathered_only_where_its_rows_part_ways_or_some_are_dropped(ca
 @given(cases())
 def test_the_account_of_dropped_rows_adds_up(case: SimpleNamespace) -> None:
     """Rows, misplaced rows and ids by table, against a count one by one; and what is kept is the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        cut(patch, case)
-        plan, home = build_plan(case)
+    plan, home = build_plan(case)
     for table in range(len(case.tables)):
         account = account_for(plan.checkpoint, plan.dropped, table, pruned=None, pruning=None)
         mine = [
@@ -353,19 +335,17 @@ def test_the_account_of_dropped_rows_adds_up(case: SimpleNamespace) -> None:
 @given(cases(), st.data())
 def test_the_digest_tells_apart_which_rows_are_dropped(case: SimpleNamespace, data: st.DataObject) -> None:
     """Two ranks that would leave other rows behind disagree, also where headers and counts are the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        cut(patch, case)
-        plan, _ = build_plan(case)
-        full = [part for part, ids in enumerate(case.ids) if len(ids) > len(case.pruned[part])]
-        if not full:
-            return
-        part = data.draw(st.sampled_from(full))
-        row = data.draw(st.sampled_from(sorted(set(range(len(case.ids[part]))) - set(case.pruned[part]))))
-        dropped = set(case.dropped[part]) ^ {row}
-        if data.draw(st.booleans()) and case.dropped[part]:  # as many rows, others
-            dropped -= {data.draw(st.sampled_from(case.dropped[part]))}
-        case.dropped[part], before = sorted(dropped), case.dropped[part]
-        other, _ = build_plan(case)
+    plan, _ = build_plan(case)
+    full = [part for part, ids in enumerate(case.ids) if len(ids) > len(case.pruned[part])]
+    if not full:
+        return
+    part = data.draw(st.sampled_from(full))
+    row = data.draw(st.sampled_from(sorted(set(range(len(case.ids[part]))) - set(case.pruned[part]))))
+    dropped = set(case.dropped[part]) ^ {row}
+    if data.draw(st.booleans()) and case.dropped[part]:  # as many rows, others
+        dropped -= {data.draw(st.sampled_from(case.dropped[part]))}
+    case.dropped[part], before = sorted(dropped), case.dropped[part]
+    other, _ = build_plan(case)
     assert (other.digest == plan.digest) == (case.dropped[part] == before)
 
 
@@ -373,11 +353,9 @@ def test_the_digest_tells_apart_which_rows_are_dropped(case: SimpleNamespace, da
 @given(cases())
 def test_the_digest_tells_apart_the_rules(case: SimpleNamespace) -> None:
     """Also where they leave the same rows behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        cut(patch, case)
-        plan, _ = build_plan(case)
-        case.denied[0] ^= {1000}
-        other, _ = build_plan(case)
+    plan, _ = build_plan(case)
+    case.denied[0] ^= {1000}
+    other, _ = build_plan(case)
     assert plan.digest != other.digest
 
 

@@ -135,8 +135,8 @@ def test_the_first_rule_that_applies_gives_the_reason():
 # ---- files of ids ----------------------------------------------------------------------------------------------------
 
 
-def read(path, most_bytes=1 << 20):
-    return read_id_list(str(path), most_bytes=most_bytes, setting="prune[0].deny").tolist()
+def read(path, most_bytes=1 << 20, **sizes):
+    return read_id_list(str(path), most_bytes=most_bytes, setting="prune[0].deny", **sizes).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["<i8", ">i8", "<u8", "<i4", "|u1", ">u8"])
@@ -153,10 +153,9 @@ def test_unsigned_ids_become_the_signed_ones_of_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
-def test_ids_come_from_text(tmp_path, monkeypatch, end):
-    monkeypatch.setattr("dist_export.ids.lists._PIECE_BYTES", 5)
+def test_ids_come_from_text(tmp_path, end):
     (tmp_path / "ids").write_text(f"12\n-7\n\n  {(1 << 63) - 1} \n{-(1 << 63)}\n12{end}")
-    assert read(tmp_path / "ids") == [-(1 << 63), -7, 12, (1 << 63) - 1]
+    assert read(tmp_path / "ids", piece_bytes=5) == [-(1 << 63), -7, 12, (1 << 63) - 1]
 
 
 def test_ids_come_from_parquet(tmp_path):

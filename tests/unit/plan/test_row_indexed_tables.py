@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import safetensors.torch
 import torch
 from hypothesis import given
@@ -24,9 +23,10 @@ from dist_export.pipeline.planning import open_checkpoint, plan_sparse
 from dist_export.plan.plan import SparsePlan
 from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
+from dist_export.tuning import STANDARD, Tuning
 from tests.support.dcp_writer import write_chunks
 from tests.support.properties import examples
-from tests.support.sparse_cases import run, shrink
+from tests.support.sparse_cases import run, tiny
 
 PROPERTY = examples(150)
 DTYPES = (torch.float32, torch.float16, torch.int8, torch.float64)
@@ -102,7 +102,7 @@ def write(case: SimpleNamespace, folder: Path) -> dict[tuple[str, str], torch.Te
     return truth
 
 
-def plan_case(case: SimpleNamespace, folder: Path) -> SparsePlan:
+def plan_case(case: SimpleNamespace, folder: Path, tuning: Tuning) -> SparsePlan:
     """Plan as so many ranks do; each reads a share of the headers."""
     keep = ["s?"] if case.keeps_slots and any(table.slots for table in case.tables) else []
     config = ExportConfig(
@@ -114,7 +114,7 @@ def plan_case(case: SimpleNamespace, folder: Path) -> SparsePlan:
     )
     with join(timeout_secs=60) as ranks:
         checkpoint = open_checkpoint(ranks, open_directory(folder))
-        return plan_sparse(ranks, checkpoint, config, world_size=case.world_size).plan
+        return plan_sparse(ranks, checkpoint, config, world_size=case.world_size, tuning=tuning).plan
 
 
 def read_rows(plan: SparsePlan, files: dict[str, bytes]) -> dict[tuple[str, str], torch.Tensor]:
@@ -129,11 +129,11 @@ def read_rows(plan: SparsePlan, files: dict[str, bytes]) -> dict[tuple[str, str]
     } | {(key, "of no table"): tensor for key, tensor in blocks.items()}
 
 
-def check(case: SimpleNamespace) -> Checkpoint:
+def check(case: SimpleNamespace, tuning: Tuning = STANDARD) -> Checkpoint:
     with tempfile.TemporaryDirectory() as name:
         truth = write(case, Path(name, "ckpt"))
-        plan = plan_case(case, Path(name, "ckpt"))
-        files = run(plan, Path(name, "out"), world_size=case.world_size, seed=case.seed)
+        plan = plan_case(case, Path(name, "ckpt"), tuning)
+        files = run(plan, Path(name, "out"), world_size=case.world_size, seed=case.seed, tuning=tuning)
         found = read_rows(plan, files)
     kept = {key: values for key, values in truth.items() if key[1] == "embedding" or case.keeps_slots}
     assert set(found) == set(kept)
@@ -158,6 +158,4 @@ def test_rows_come_out_in_order_however_they_lie(case: SimpleNamespace) -> None:
 @given(case=cases())
 def test_rows_come_out_in_order_where_work_is_cut_small(case: SimpleNamespace) -> None:
     """Granules, units, chunks of digests and buffers of a few rows: every edge is met."""
-    with pytest.MonkeyPatch.context() as patch:
-        shrink(patch)
-        check(case)
+    check(case, tiny())

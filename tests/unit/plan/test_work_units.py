@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dist_export.formats.digests import CHUNK_BYTES
 from dist_export.plan import work_units as plan_units_module
-from dist_export.plan.work_units import UNIT_BYTES, Unit, assign, plan_hash_units, plan_units
+from dist_export.plan.work_units import Unit, assign, plan_hash_units, plan_units
 from dist_export.storage.directory import digest_file
 from dist_export.storage.urls import open_directory
+from dist_export.tuning import STANDARD
 from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
-from tests.support.sparse_cases import assert_exact, content, export, plan, run, shrink
+from tests.support.sparse_cases import assert_exact, content, export, plan, run, tiny
+
+UNIT_BYTES, CHUNK_BYTES = STANDARD.unit_bytes, STANDARD.chunk_bytes
+TINY = tiny()
 
 
 def cover(planned, units):
@@ -23,15 +26,14 @@ def cover(planned, units):
 
 
 @pytest.fixture
-def split(tmp_path, monkeypatch):
+def split(tmp_path):
     """A plan with copies and gathers, cut into tiny pieces."""
-    shrink(monkeypatch)
     tables = make_tables({"a": 200, "b": 60}, 3)
-    return plan(write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(40)}), num_shards=2).plan
+    return plan(write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(40)}), num_shards=2, tuning=TINY).plan
 
 
 def test_every_byte_is_hashed_once_and_written_before(split):
-    writing, hashing = plan_units(split)
+    writing, hashing = plan_units(split, tuning=TINY)
     hashed = cover(split, [unit for unit in writing + hashing if unit.is_hashed])
     assert all((column == 1).all() for column in hashed)
     copied = cover(split, [unit for unit in writing if unit.kind == "copy"])
@@ -48,14 +50,14 @@ def test_every_byte_is_hashed_once_and_written_before(split):
 
 
 def test_the_work_adds_up_to_the_output(split):
-    writing, _ = plan_units(split)
+    writing, _ = plan_units(split, tuning=TINY)
     assert sum(unit.num_bytes for unit in writing) == split.num_bytes
-    whole = plan_units(split, skip=frozenset([0]))[0]
+    whole = plan_units(split, skip=frozenset([0]), tuning=TINY)[0]
     assert {unit.number for unit in whole if unit.kind == "copy"} == {1}
 
 
 def test_a_file_that_is_there_is_hashed_in_units_of_whole_chunks(split):
-    units = plan_hash_units(split, [1])
+    units = plan_hash_units(split, [1], tuning=TINY)
     assert {unit.number for unit in units} == {1}
     assert (cover(split, units)[1] == 1).all()
     assert sum(unit.num_bytes for unit in units) == split.files[1].num_bytes
@@ -64,16 +66,16 @@ def test_a_file_that_is_there_is_hashed_in_units_of_whole_chunks(split):
 def test_units_of_a_large_file_hold_at_most_256_mib():
     assert UNIT_BYTES == 256 << 20
     size = 5 * UNIT_BYTES + 12345
-    is_gathered = np.zeros(-(-size // plan_units_module.CHUNK_BYTES), bool)
+    is_gathered = np.zeros(-(-size // CHUNK_BYTES), bool)
     is_gathered[[3, 4, 11]] = True
-    runs = plan_units_module._runs(size, is_gathered)
+    runs = plan_units_module._runs(size, is_gathered, STANDARD)
     assert runs[0][0] == 0
     assert runs[-1][1] == size
     assert all(left[1] == right[0] for left, right in itertools.pairwise(runs))
     assert max(end - begin for begin, end, _ in runs) <= UNIT_BYTES
     assert all(begin % CHUNK_BYTES == 0 for begin, _, _ in runs)
     assert {begin // CHUNK_BYTES for begin, _, kind in runs if kind} == {3, 11}
-    assert plan_units_module._runs(0, None) == [(0, 0, False)]
+    assert plan_units_module._runs(0, None, STANDARD) == [(0, 0, False)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -94,10 +96,9 @@ def test_one_giant_table_is_everyones(tmp_path):
     assert assign(units[:1], 3)[1] == [0]
 
 
-def test_gathers_are_balanced_by_what_they_move(tmp_path, monkeypatch):
-    shrink(monkeypatch)
-    planned = plan(write_checkpoint(tmp_path / "in", make_tables({"a": 2000}, 1)), num_shards=2).plan
-    writing, _ = plan_units(planned)
+def test_gathers_are_balanced_by_what_they_move(tmp_path):
+    planned = plan(write_checkpoint(tmp_path / "in", make_tables({"a": 2000}, 1)), num_shards=2, tuning=TINY).plan
+    writing, _ = plan_units(planned, tuning=TINY)
     queues = assign(writing, 2)
     moved = [sum(writing[unit].num_bytes for unit in queue if writing[unit].kind == "gather") for queue in queues]
     assert min(moved) > 0.4 * sum(moved)
@@ -113,28 +114,27 @@ CUTS = [
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut.values())))
-def test_neither_bytes_nor_digests_depend_on_the_cut(tmp_path, monkeypatch, cut):
+def test_neither_bytes_nor_digests_depend_on_the_cut(tmp_path, cut):
     tables = make_tables({"a": 90, "b": 20}, 3)
     write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(20)})
     export(tmp_path / "in", tmp_path / "whole", num_shards=2)
     whole = content(tmp_path / "whole")
-    shrink(monkeypatch, **cut)
-    manifest = export(tmp_path / "in", tmp_path / "cut", num_shards=2)
+    manifest = export(tmp_path / "in", tmp_path / "cut", num_shards=2, tuning=tiny(**cut))
     assert content(tmp_path / "cut") == whole
     assert_exact(tmp_path / "cut", truth_of(tables))
     for file in manifest.files:
-        assert digest_file(open_directory(tmp_path / "cut"), file.path) == file.digest
+        assert digest_file(open_directory(tmp_path / "cut"), file.path, chunk_bytes=cut["chunk"]) == file.digest
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_order_of_the_units_and_who_runs_them_change_nothing(tmp_path, monkeypatch, world_size, seed):
+def test_the_order_of_the_units_and_who_runs_them_change_nothing(tmp_path, world_size, seed):
     tables = make_tables({"a": 90, "b": 20}, 3)
     write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(20)})
     planned = plan(tmp_path / "in", num_shards=4).plan
     export(tmp_path / "in", tmp_path / "out", num_shards=4)
-    shrink(monkeypatch)
-    files = run(plan(tmp_path / "in", num_shards=4).plan, tmp_path / "run", world_size=world_size, seed=seed)
+    cut = plan(tmp_path / "in", num_shards=4, tuning=TINY).plan
+    files = run(cut, tmp_path / "run", world_size=world_size, seed=seed, tuning=TINY)
     assert set(files) == {file.name for file in planned.files}
     for name, data in files.items():
         assert (tmp_path / "out" / name).read_bytes() == data

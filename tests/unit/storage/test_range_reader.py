@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_export.errors import TransferError
-from dist_export.storage import s3_reader
 from dist_export.storage.range_reader import LocalReader, RangeReader
 from dist_export.storage.s3_reader import S3Reader
 from tests.support.properties import examples
@@ -37,15 +36,12 @@ class FakeStore:
 
 
 @pytest.fixture
-def store(monkeypatch) -> FakeStore:
-    monkeypatch.setattr(s3_reader, "_HEAD_BYTES", 1000)
-    monkeypatch.setattr(s3_reader, "_REQUEST_BYTES", 3000)
-    monkeypatch.setattr(s3_reader, "NEAR_BYTES", 50)
+def store() -> FakeStore:
     return FakeStore()
 
 
 def open_on(store: FakeStore) -> RangeReader:
-    return S3Reader("s3://b/x", store, "b/x")  # type: ignore[arg-type]
+    return S3Reader("s3://b/x", store, "b/x", head_bytes=1000, request_bytes=3000, near_bytes=50)  # type: ignore[arg-type]
 
 
 def read(reader: RangeReader, offset: int, length: int) -> bytes:

@@ -38,23 +38,20 @@ def test_control_messages_grow_with_the_ranks_and_no_faster(tmp_path: Path) -> N
     assert small.beat_calls == large.beat_calls == 4
 
 
-def test_helpers_look_at_few_queues_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helpers_look_at_few_queues_of_many() -> None:
     """Every unit is done once (measure sees to that), about as soon as with all queues in sight, for far fewer keys."""
-    monkeypatch.setattr(work_stealing, "IN_SIGHT", 1000)
-    all_in_sight = helping.measure(200, units_each=6)
-    monkeypatch.setattr(work_stealing, "IN_SIGHT", 16)
-    found = helping.measure(200, units_each=6)
+    all_in_sight = helping.measure(200, units_each=6, in_sight=1000)
+    found = helping.measure(200, units_each=6, in_sight=16)
     assert found.keys < all_in_sight.keys / 3
     assert found.makespan < 1.15 * all_in_sight.makespan
     assert all_in_sight.makespan < 0.7 * all_in_sight.alone
 
 
-def test_places_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_stealing, "IN_SIGHT", 4)
-    (everything,) = work_stealing._rows_to_check(2, 4)
+def test_places_to_look_at() -> None:
+    (everything,) = work_stealing._rows_to_check(2, 4, 4)
     assert everything.tolist() == [0, 1, 2, 3]
-    looks = list(work_stealing._rows_to_check(9, 11))
+    looks = list(work_stealing._rows_to_check(9, 11, 4))
     assert [look.tolist() for look in looks] == [[9, 10, 0, 1], [2, 3, 4, 5]]
-    assert [len(look) for look in work_stealing._rows_to_check(0, 5)] == [4, 1]
-    seen = np.concatenate([np.concatenate(list(work_stealing._rows_to_check(worker, 50))) for worker in range(50)])
+    assert [len(look) for look in work_stealing._rows_to_check(0, 5, 4)] == [4, 1]
+    seen = np.concatenate([np.concatenate(list(work_stealing._rows_to_check(worker, 50, 4))) for worker in range(50)])
     assert set(np.bincount(seen)) == {8}, "every queue is in sight of as many helpers"
