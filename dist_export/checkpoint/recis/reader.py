@@ -67,8 +67,11 @@ def list_finished(directory: Directory) -> set[str]:
 class RecisReader:
     """Reads one RecIS checkpoint directory. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
-    def __init__(self, directory: Directory) -> None:
-        """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing."""
+    def __init__(self, directory: Directory, *, more_warnings: Sequence[str] = ()) -> None:
+        """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing.
+
+        ``more_warnings``: those that the checkpoint gets besides its own.
+        """
         self.directory = directory
         names = list_finished(directory)
         self._raw = {name: self._read(name) for name in (INDEX, TENSORKEY)}
@@ -84,7 +87,7 @@ class RecisReader:
         starts = np.searchsorted(self._index.file[order], np.arange(1, len(self.files)))
         self._positions_by_file = np.split(order, starts)
         self._has_merged = MERGED in names
-        self._warnings = tuple(_list_bystanders(names, set(self._index.files)))
+        self._warnings = (*more_warnings, *_list_bystanders(names, set(self._index.files)))
         if not self._has_merged:
             self._warnings += (f"{MERGED} is missing in the checkpoint; the package gets a new one",)
 
