@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import xxhash
 
-from dist_export.checkpoint.detect import RECIS, detect_format
+from dist_export.checkpoint.detect import PACKAGE, RECIS, detect_format
 from dist_export.checkpoint.model_weights import ModelWeights
-from dist_export.checkpoint.package_source import find_package
+from dist_export.checkpoint.package_source import find_manifest, find_package
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
@@ -43,7 +43,11 @@ class Locations:
     filter_sparse_opt: bool
     """Whether new shards are written; the setting, or what it is by default for the checkpoint's format."""
     step: int | None
-    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
+    """Of a training run's checkpoint, or what a package says of itself; None if nothing tells."""
+    rows_step: int | msgspec.UnsetType | None
+    """As a manifest has it: the step of a package's rows, if it is not ``step``."""
+    is_run: bool
+    """Whether ``step`` is that of a training run's checkpoint, or was asked for."""
     register: str
     """The registry's URI under which the package becomes a new version; empty for none."""
     seen: str
@@ -79,6 +83,7 @@ def locate(
         ConfigError: a URI that no registry resolves; a setting that needs new shards, where files are copied.
         CheckpointError: no complete checkpoint, or none of the step; one that looks like several formats.
     """
+    is_known = found is not None
     if config.ckpt_dir is None:  # a model in memory
         resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
@@ -114,6 +119,7 @@ def locate(
         refuse_taken_back(given, options, steps, base=found_base.directory, export_dir=export_dir, publish=publish)
     if config.overwrite:
         refuse_needed(open_directory(export_dir, config.options_of_target))
+    step, rows_step = (found.step, msgspec.UNSET) if is_known else _find_steps(config, found)
     notes += [found_base.note] if found_base.note else []
     if found.step is not None and found.directory != resolved.directory:
         notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
@@ -122,7 +128,9 @@ def locate(
         export_dir=export_dir,
         filter_sparse_opt=bool(config.filter_sparse_opt),
         source_uri=resolved.uri if resolved.uri != resolved.directory else "",
-        step=found.step,
+        step=step,
+        rows_step=rows_step,
+        is_run=found.step is not None,
         register=register,
         seen=seen,
         base=found_base,
@@ -156,6 +164,22 @@ def _resolve_filter(config: ExportConfig, ckpt_dir: str | None) -> bool:
     if found is None:  # a RecIS checkpoint of dense parameters alone, or no checkpoint, which its reader says
         return config.need_export_sparse
     return found != RECIS or find_package(directory) is not None
+
+
+def _find_steps(config: ExportConfig, found: FoundCheckpoint) -> tuple[int | None, int | msgspec.UnsetType | None]:
+    """Return the step of the source and, where it is another one, that of its rows: a package says both. CheckpointError."""
+    if found.directory is None or is_trainer_delta(config.format):
+        return found.step, msgspec.UNSET
+    directory = open_place(found.directory, config.storage_options, follow_links=config.follow_links)
+    if detect_format(directory, asked=config.format) not in (RECIS, PACKAGE):
+        return found.step, msgspec.UNSET
+    manifest = find_manifest(directory)
+    if manifest is None or manifest.mode == "in_place":  # there a trainer may have saved anew
+        return found.step, msgspec.UNSET
+    source = manifest.source
+    step = source.dense_step if found.step is None else found.step
+    is_silent = source.dense_step is None and source.rows_step is msgspec.UNSET
+    return step, msgspec.UNSET if is_silent or source.step_of_rows == step else source.step_of_rows
 
 
 def register_package(config: ExportConfig, locations: Locations, manifest: Manifest, directory: str) -> str:
