@@ -111,10 +111,21 @@ def batch_of(num_examples: int, seed: int, *, is_weighted: bool = False) -> dict
 
 
 @pytest.mark.parametrize(
-    ("kind", "pooling", "is_weighted"),
-    [("bags", "SUM", False), ("bags", "MEAN", False), ("bags", "SUM", True), ("lists", "", False)],
+    ("kind", "pooling", "is_weighted", "has_weights"),
+    [
+        ("bags", "SUM", False, False),
+        ("bags", "MEAN", False, False),
+        ("bags", "SUM", True, True),
+        ("lists", "", False, False),
+        ("bags", "SUM", False, True),
+        ("bags", "MEAN", False, True),
+        ("lists", "", False, True),
+    ],
 )
-def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, tmp_path: Path) -> None:
+def test_collections_score_from_ids(
+    kind: str, pooling: str, is_weighted: bool, has_weights: bool, tmp_path: Path
+) -> None:
+    """Weights that the collection does not read are no input."""
     import numpy as np
     import torch
 
@@ -129,7 +140,7 @@ def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, 
         build(kind, pooling, is_weighted=is_weighted),
         "sparse_arch",
         "dense_arch",
-        [batch_of(5, 0, is_weighted=is_weighted)],
+        [batch_of(5, 0, is_weighted=has_weights)],
         tmp_path / "model.pth",
         out,
         score_program="require",
@@ -140,7 +151,7 @@ def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, 
     assert manifest.score.parity.batch_sizes == (5, 1, 2, 301)
     package = dist_export.open_package(out)
     for num_examples in (1, 2, 128):
-        batch = batch_of(num_examples, num_examples, is_weighted=is_weighted)
+        batch = batch_of(num_examples, num_examples, is_weighted=has_weights)
         features = batch["features"]
         inputs = {
             "features_values": features.values(),
