@@ -176,3 +176,23 @@ def test_collections_score_from_ids(
     assert stated["user"].stated_by["pooling"] == "collection"
     np.savez(tmp_path / "inputs.npz", expected=expected, **{name: its.numpy() for name, its in inputs.items()})
     subprocess.run([sys.executable, "-c", _SCORE, str(out), str(tmp_path / "inputs.npz")], cwd="/", check=True)
+
+
+def test_lists_of_a_fixed_length_are_stated_without_other_lengths_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lengths of the sample alone can be tried, it was stated that lists are as long as the longest of a batch."""
+    import torch
+
+    from dist_export.api import Exporter
+    from dist_export.contract.made_up import Trials
+
+    run = Trials.run
+    monkeypatch.setattr(
+        Trials, "run", lambda self, *, vary_sizes, fixed=None: None if vary_sizes else run(self, vary_sizes=False)
+    )
+    torch.manual_seed(3)
+    torch.save(build("lists").state_dict(), tmp_path / "model.pth")
+    given = [build("lists"), "sparse_arch", "dense_arch", [batch_of(5, 0)], tmp_path / "model.pth", tmp_path / "out"]
+    manifest = Exporter(*given, score_program="require").export(progress=False)
+    assert [feature.longest for feature in manifest.serving.features] == [LONGEST, LONGEST]
