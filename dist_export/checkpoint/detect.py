@@ -13,7 +13,13 @@ from dist_export.checkpoint.dcp_files import METADATA, find_metadata
 from dist_export.checkpoint.dense import DenseParameters, NoDense, RecisDense
 from dist_export.checkpoint.dynamicemb import DynamicEmbReader, find_dumps
 from dist_export.checkpoint.metadata import CheckpointReader
-from dist_export.checkpoint.package_source import PackageSource, find_manifest, find_package, has_row_indexed
+from dist_export.checkpoint.package_source import (
+    PackageSource,
+    find_manifest,
+    find_package,
+    has_row_indexed,
+    note_lost_manifest,
+)
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import safetensors, torch_save
@@ -214,7 +220,7 @@ def _open_recis(directory: Directory, settings: TensorSettings) -> CheckpointRea
     if directory.exists(INDEX):  # else it is none, which the reader tells
         _refuse_settings(directory, settings, RECIS)
     package = find_package(directory)
-    reader = RecisReader(directory)
+    reader = RecisReader(directory, more_warnings=note_lost_manifest(directory))
     return reader if package is None else PackageSource(directory, package, reader)
 
 

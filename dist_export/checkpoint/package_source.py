@@ -19,11 +19,12 @@ from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.payload import Payload
 from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.dtypes import DTYPES
-from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.formats.package_signs import list_deleted_ids, list_side_files
+from dist_export.formats.recis import DENSE_STATE, EMBEDDING_SLOT
 from dist_export.formats.row_encodings import INT8_ROWWISE, U8
 from dist_export.humanize import few
 from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
-from dist_export.storage.directory import Directory
+from dist_export.storage.directory import WORK_DIRECTORY, Directory
 
 _OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".distcp", ".metadata")
 """Ends of the names of files that may hold tensors of a checkpoint."""
@@ -73,6 +74,30 @@ def find_manifest(directory: Directory) -> Manifest | None:
             "checkpoint that it was made of, or make a full package of both first: python -m dist_export compact DELTA OUT"
         )
     return manifest if manifest.tables else None
+
+
+def note_lost_manifest(directory: Directory) -> list[str]:
+    """Return a note on what may be a package that has lost its manifest: nothing tells whether it is a delta.
+
+    A checkpoint in which an export did not finish is none.
+
+    Raises:
+        CheckpointError: files lie there that only a delta has, whose rows alone are not the model.
+    """
+    names = set(directory.names())
+    signs = list_side_files(names)
+    if MANIFEST in names or not signs:
+        return []
+    if deleted := list_deleted_ids(names):
+        raise CheckpointError(
+            f"{directory.url} has {deleted[0]} and no {MANIFEST}: this is a delta package without its manifest, and its rows "
+            "alone are not the model. Export from the checkpoint that it was made of, or copy the package again, and make "
+            "a full package of it and its base: python -m dist_export compact DELTA OUT"
+        )
+    if DENSE_STATE in names or directory.exists(WORK_DIRECTORY):
+        return []
+    told = "if it is a package that lost it, it may be a delta, whose rows alone are not the model; copy it again then"
+    return [f"{directory.url} has {few(signs)}, which only a package has, and no {MANIFEST}: {told}"]
 
 
 def has_row_indexed(manifest: Manifest) -> bool:

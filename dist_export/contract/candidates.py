@@ -44,7 +44,7 @@ def find_lists(traced: BlockProgram, ids: Sequence[str]) -> list[Lists]:
             Lists(values, bounds, kind)
             for values in flat
             if values != bounds
-            for kind in _kinds_of_bounds(bounds, tensor, tensors[values].numel())
+            for kind in _kinds_of_bounds(bounds, tensor, tensors[values].numel(), traced.num_examples)
         ]
         if fitting:
             found.append(max(fitting, key=lambda its: _count_common(its.values, bounds)))
@@ -57,8 +57,8 @@ def _count_common(one: str, other: str) -> int:
     return sum(1 for _ in pairs)
 
 
-def _kinds_of_bounds(name: str, bounds: torch.Tensor, num_ids: int) -> list[str]:
-    """Return what ``bounds`` may hold of so many ids, the likeliest first."""
+def _kinds_of_bounds(name: str, bounds: torch.Tensor, num_ids: int, num_examples: int) -> list[str]:
+    """Return what ``bounds`` may hold of so many ids, the likeliest first: that of one list for each example, then by name."""
     numbers: np.ndarray = bounds.detach().cpu().to(torch.int64).numpy()
     if bool((numbers < 0).any()):
         return []
@@ -66,7 +66,8 @@ def _kinds_of_bounds(name: str, bounds: torch.Tensor, num_ids: int) -> list[str]
     if numbers[0] == 0 and bool((np.diff(numbers) >= 0).all()) and numbers[-1] <= num_ids:
         kinds += ["ends"] if numbers[-1] == num_ids and len(numbers) > 1 else []
         kinds += ["offsets"]
-    return sorted(kinds, key=lambda kind: kind[:3] not in name)
+    is_one_each = {kind: len(numbers) - (kind == "ends") == num_examples for kind in kinds}
+    return sorted(kinds, key=lambda kind: (not is_one_each[kind], kind[:3] not in name))
 
 
 def list_features(

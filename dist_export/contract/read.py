@@ -126,8 +126,11 @@ class _Reader:
         if reason := f"the sparse arch takes only some sizes ({few(conditions)})" if conditions else self._refuse(name):
             return msgspec.structs.replace(entry, unknown=reason)
         block, outputs = self._facts.blocks[name], [self._as_columns(trial.blocks[name]) for trial in self._trials]
+        is_fixed = all(isinstance(size, int) for size in tensor.shape[1:])
         hits = [*self._find_tensors(block, outputs, tensor.dtype)]
-        hits += [hit for lookup in self._lookups_of(block) for hit in self._find_features(lookup, block, outputs)]
+        hits += [
+            hit for lookup in self._lookups_of(block) for hit in self._find_features(lookup, block, outputs, is_fixed)
+        ]
         width = outputs[0].shape[-1]
         chosen, at = [], 0
         while at < width:
@@ -207,8 +210,13 @@ class _Reader:
                     count += 1
                 yield _Hit(at, at + count, tensor=name, first=first)
 
-    def _find_features(self, lookup: Lookup, block: Ancestry, outputs: list[np.ndarray]) -> Iterator[_Hit]:
-        """Yield the columns that are the pooled rows of a lookup, with the plainest feature that explains them."""
+    def _find_features(
+        self, lookup: Lookup, block: Ancestry, outputs: list[np.ndarray], is_fixed: bool
+    ) -> Iterator[_Hit]:
+        """Yield the columns that are the pooled rows of a lookup, with the plainest feature that explains them.
+
+        ``is_fixed``: the block has the same width for all batches, so no list in it is as long as the longest of its batch.
+        """
         shape, dtype = self._rows.describe_rows(lookup.table)
         dim = int(np.prod(shape))
         explained: set[tuple[int, int]] = set()
@@ -217,6 +225,8 @@ class _Reader:
             if not all(is_looked_up(candidate, trial) for trial in self._trials):
                 continue
             for feature in list_poolings(candidate, self._traced, block):
+                if is_fixed and _is_as_long_as_lists(feature):
+                    continue
                 for columns in self._find_columns(feature, outputs, is_half=half):
                     if columns not in explained:
                         explained.add(columns)
@@ -284,6 +294,13 @@ class _Reader:
             stated = dict.fromkeys(("table", "ids", "pooling", "padding_id", "transforms"), "program")
             features[name] = msgspec.structs.replace(found, name=name, stated_by=stated)
         return ColumnsEntry(begin=hit.begin, end=hit.end, feature=name)
+
+
+def _is_as_long_as_lists(feature: FeatureEntry) -> bool:
+    """Whether there are as many rows of a feature side by side as the longest list of a batch has ids."""
+    assert feature.ids is not msgspec.UNSET
+    has_lists = feature.ids.lengths is not msgspec.UNSET or feature.ids.offsets is not msgspec.UNSET
+    return has_lists and feature.pooling == "none" and feature.longest is msgspec.UNSET
 
 
 def _inputs_of(hit: _Hit) -> list[str]:

@@ -1,5 +1,7 @@
 """What the model has once and the checkpoint under several names: it must have the same values under all of them.
 
+That holds of tensors that are one, and of the common elements of tensors whose memory overlaps in part.
+
 ``load_state_dict`` leaves the values of the last name everywhere. An export reads each name where it is, a table's rows into the
 shards and the others into the program, and a sample shows no difference in what it does not look at.
 """
@@ -20,14 +22,27 @@ from dist_export.checkpoint.model_weights import distinct_names, is_below, plain
 from dist_export.config.needs import ModelValues
 from dist_export.dense.found_rows import number_pieces
 from dist_export.dense.origins import address_of
+from dist_export.dense.overlaps import Layout, find_common, find_overlaps
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ModelError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.model.unwrap import is_lazy, unwrap
 from dist_export.runtime.ranks import Ranks
 
+_BYTES_PER_ELEMENT = 64
+"""What the comparison of an element takes, with its position."""
+
 _Rows: TypeAlias = tuple[np.ndarray, torch.Tensor]
 """Which of the asked rows are there (bool), and those."""
+
+
+class _Overlap(NamedTuple):
+    """Two tensors of the model of which some elements are the same bytes."""
+
+    one: tuple[str, ...]
+    other: tuple[str, ...]
+    """The names of each, as those of a tie."""
+    layouts: tuple[Layout, Layout]
 
 
 class _Tie(NamedTuple):
@@ -59,8 +74,10 @@ def refuse_torn_weights(
     if parameters is None:
         return
     paths = plain_name(config.sparse_model_name), plain_name(config.dense_model_name)
-    told = ranks.all_gather("look for tied weights", lambda: list(_list_ties(unwrap(model), paths)))
-    if not (ties := sorted({tie for its in told for tie in its})):
+    told = ranks.all_gather("look for tied weights", lambda: _look(unwrap(model), paths))
+    ties = sorted({tie for its, _ in told for tie in its})
+    overlaps = sorted({overlap for _, its in told for overlap in its})
+    if not ties and not overlaps:
         return
     state = ranks.check("read what is tied", parameters.load)
     tables = None if finder is None or finder.is_live or not finder.is_of_source else finder
@@ -74,6 +91,8 @@ def refuse_torn_weights(
                 for ids in (ids for place, ids in enumerate(pieces) if place % ranks.world_size == ranks.rank):
                     if (row := read.first_apart(ids)) is not None:
                         raise ModelError(_say_torn(one, other, row))
+        for overlap in overlaps[ranks.rank :: ranks.world_size]:
+            _refuse_torn_overlap(held, overlap, max_memory_bytes)
 
     ranks.run("compare what is tied", refuse, may_block=True)
 
@@ -86,8 +105,29 @@ def _say_torn(one: str, other: str, row: int) -> str:
     )
 
 
-def _list_ties(root: nn.Module, arches: Iterable[str]) -> Iterable[_Tie]:
-    """Yield what is registered under several names, one of them within an arch, and is saved."""
+def _refuse_torn_overlap(held: _Held, overlap: _Overlap, max_memory_bytes: int) -> None:
+    """Compare what the checkpoint has for the common bytes of two tensors. ModelError where it differs."""
+    one, other = held.first_of(overlap.one), held.first_of(overlap.other)
+    if one is None or other is None:
+        return
+    mine, theirs = overlap.layouts
+    dtypes = None if mine.dtype == theirs.dtype else (_dtype_of(mine), _dtype_of(theirs))
+    if dtypes is not None:
+        mine, theirs = mine.as_bytes, theirs.as_bytes
+    pair = _Pair(held, one, other)
+    rows = mine.rows_within(theirs.begin, theirs.end)
+    for ids in number_pieces(len(rows), mine.row_elements * _BYTES_PER_ELEMENT, max_memory_bytes):
+        piece = range(rows.start + int(ids[0]), rows.start + int(ids[-1]) + 1)
+        if (row := pair.first_apart_in(piece, mine, theirs, dtypes)) is not None:
+            raise ModelError(
+                f"{one!r} and {other!r} of the model are partly the same memory, but the checkpoint has different values there, "
+                f"first in row {row:,} of {one!r}: the model would hold those of one alone. Nothing was written. Export a "
+                "checkpoint of this model, or give a model in which each has memory of its own"
+            )
+
+
+def _look(root: nn.Module, arches: tuple[str, str]) -> tuple[list[_Tie], list[_Overlap]]:
+    """Return what is registered under several names, and what overlaps in part: one within an arch, and all saved."""
     paths: dict[Any, list[str]] = {}
     tensors: dict[Any, torch.Tensor] = {}
     for path, module in root.named_modules(remove_duplicate=False):
@@ -98,10 +138,23 @@ def _list_ties(root: nn.Module, arches: Iterable[str]) -> Iterable[_Tie]:
                 tensors[key] = tensor
                 paths.setdefault(key, []).append(f"{path}.{name}" if path else name)
     names = distinct_names(path for its in paths.values() for path in its)
-    for key, its in paths.items():
-        several = tuple(sorted({names[path] for path in its}))
-        if len(several) > 1 and any(is_below(name, path) for name in several for path in arches):
-            yield _Tie(several, len(tensors[key]) if tensors[key].dim() else 1)
+    named = {key: tuple(sorted({names[path] for path in its})) for key, its in paths.items()}
+    ties = [
+        _Tie(several, len(tensors[key]) if tensors[key].dim() else 1)
+        for key, several in named.items()
+        if len(several) > 1 and _is_in_arch(several, arches)
+    ]
+    keys = [key for key, tensor in tensors.items() if address_of(tensor)]
+    overlaps = [
+        _Overlap(named[keys[one]], named[keys[other]], (mine, theirs))
+        for one, other, mine, theirs in find_overlaps({place: tensors[key] for place, key in enumerate(keys)})
+        if _is_in_arch((*named[keys[one]], *named[keys[other]]), arches)
+    ]
+    return ties, overlaps
+
+
+def _is_in_arch(names: Iterable[str], arches: Iterable[str]) -> bool:
+    return any(is_below(name, path) for name in names for path in arches)
 
 
 def _identity_of(tensor: torch.Tensor) -> Any:
@@ -130,6 +183,10 @@ class _Held:
         there = [name for name in tie.names if self.table_of(name) or self._dense_of(name)]
         there = [name for name in there if name not in aliases]  # it is the very tensor of another name
         return [(there[0], name) for name in there[1:] if not self._is_same_place(there[0], name)]
+
+    def first_of(self, names: Iterable[str]) -> str | None:
+        """Return the first of these names that the checkpoint has; None if it has none."""
+        return next((name for name in names if self.table_of(name) or self._dense_of(name)), None)
 
     def table_of(self, name: str) -> str | None:
         """Return the table that has this name within the model; None if it has none."""
@@ -192,16 +249,65 @@ class _Pair:
         (has_one, one), (has_other, other) = (its for its in found if its is not None)
         has_both = has_one & has_other
         one, other = one[torch.from_numpy(has_both[has_one])], other[torch.from_numpy(has_both[has_other])]
-        if one.dtype != other.dtype:
-            wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
-            one, other = one.to(wide), other.to(wide)
-        if has_same_values(one, other):
+        place = _find_apart(one, other)
+        return None if place is None else int(ids[has_both][place])
+
+    def first_apart_in(
+        self, rows: range, mine: Layout, theirs: Layout, dtypes: tuple[torch.dtype, torch.dtype] | None
+    ) -> int | None:
+        """Return the first of these rows with other values for the bytes that both have.
+
+        ``dtypes``: in the model, if they differ; the layouts are those of bytes then.
+        """
+        at_one, other_rows, at_other = find_common(mine, rows, theirs)
+        if not len(at_one):
             return None
-        low, high = 0, int(has_both.sum())
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if has_same_values(one[low:middle], other[low:middle]) else (low, middle)
-        return int(ids[has_both][low]) if high else None
+        asked = [np.arange(its.start, its.stop, dtype=np.int64) for its in (rows, other_rows)]
+        found = [read(ids) for read, ids in zip(self._readers, asked, strict=True)]
+        values = []
+        for place, layout in enumerate((mine, theirs)):
+            its = found[place]
+            if its is not None and dtypes is not None:
+                its = (
+                    its[0],
+                    its[1].to(dtypes[place]).contiguous().reshape(-1).view(torch.uint8).reshape(len(its[1]), -1),
+                )
+            if its is None or (len(its[1]) and its[1][0].numel() != layout.row_elements):
+                return None  # it is refused where it is loaded
+            values.append(its)
+        (has_one, one), (has_other, other) = values
+        is_there = has_one[at_one // mine.row_elements] & has_other[at_other // theirs.row_elements]
+        order = np.argsort(at_one[is_there], kind="stable")
+        at_one, at_other = at_one[is_there][order], at_other[is_there][order]
+        apart = _find_apart(_pick(one, has_one, at_one, mine), _pick(other, has_other, at_other, theirs))
+        return None if apart is None else rows.start + int(at_one[apart]) // mine.row_elements
+
+
+def _dtype_of(layout: Layout) -> torch.dtype:
+    dtype = getattr(torch, layout.dtype.removeprefix("torch."))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _pick(rows: torch.Tensor, has_row: np.ndarray, positions: np.ndarray, layout: Layout) -> torch.Tensor:
+    """Return elements by their positions among the elements of all rows that were asked for, of those that are there."""
+    row, within = np.divmod(positions, layout.row_elements)
+    place = (np.cumsum(has_row) - 1)[row]
+    return rows.reshape(-1)[torch.from_numpy(place * layout.row_elements + within)]
+
+
+def _find_apart(one: torch.Tensor, other: torch.Tensor) -> int | None:
+    """Return the first place where two tensors of one shape have other values; None if they are the same."""
+    if one.dtype != other.dtype:
+        wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
+        one, other = one.to(wide), other.to(wide)
+    if has_same_values(one, other):
+        return None
+    low, high = 0, len(one)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if has_same_values(one[low:middle], other[low:middle]) else (low, middle)
+    return low if high else None
 
 
 def _by_plain_name(names: Iterable[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     uri: str | msgspec.UnsetType = msgspec.UNSET
     """The version in the registry, if the config named the checkpoint by a registry's URI."""
     step: int | msgspec.UnsetType = msgspec.UNSET
-    """The training step, if the checkpoint is one of a run. Of a trainer's dumps, that of the last one."""
+    """The training step, if the checkpoint is of a run or a package that says it. Of a trainer's dumps, that of the last one."""
     rows_step: int | msgspec.UnsetType | None = msgspec.UNSET
     """The training step of the rows, if it is not ``step``: a dense part alone is over the rows of its base. null if these do not
     say their step. Absent if it is ``step``."""

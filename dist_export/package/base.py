@@ -37,6 +37,7 @@ def find_base(
     *,
     given: Directory | None = None,
     known: Sequence[T] = (),
+    is_asked: bool = True,
 ) -> T:
     """Return the open base of a delta package. The first package with the digest of ``manifest.base`` is the base.
 
@@ -46,6 +47,7 @@ def find_base(
         open_package: opens the package in a directory, without what is below it.
         given: the only directory to look in. By default the base is where the manifest says, or beside the delta.
         known: packages that are open already. The base is one of them if it can be.
+        is_asked: whether the delta is the package that is asked for, and not one below it, whose base nobody can give.
 
     Raises:
         WrongBaseError: ``given`` is not the base.
@@ -75,11 +77,14 @@ def find_base(
             return package
         package.close()
         misses.append(f"{place.url} is another package, of the digest {found.digest}")
-    advice = "give the right base" if given is not None else "put the base back, or give base"
+    if is_asked:
+        advice = "give the right base" if given is not None else "put the base back, or give base"
+    else:
+        advice = "and those on top of it, put its base back there or beside it"
     kind = PackageError if given is None else WrongBaseError
     raise kind(
         f"{delta.url} is a delta package of {entry.path}, and needs that base, whose manifest has the digest "
-        f"{entry.digest}. It is not there: {'; '.join(misses)}. To read the delta, {advice}"
+        f"{entry.digest}. It is not there: {'; '.join(misses)}. To read the delta{',' if is_asked else ''} {advice}"
     )
 
 

@@ -91,6 +91,7 @@ class LayeredPackage:
             lambda place: self.open_alone(place, self._cache_dir),
             given=directory,
             known=known,
+            is_asked=num_above == 1,
         )
         try:
             self._refuse_long_chain(base, num_above)

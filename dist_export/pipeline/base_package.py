@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from dist_export.errors import CommitError, ConfigError, DistExportError, Export
 from dist_export.formats.recis import HASH_SIZE
 from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
 from dist_export.package.reader import Package, open_package
+from dist_export.pipeline.older_rows import advise_compact, find_own_rows
 from dist_export.pipeline.planning import choose, read_pruning
 from dist_export.redact import first_line, redact_text
 from dist_export.registry import base as registries
@@ -142,23 +144,29 @@ def _choose_link(directory: str, manifest: Manifest, config: BaseOfDelta) -> tup
     if lack:
         raise ConfigError(f"base {config.base} {lack}; give another base")
     if config.is_refresh:
-        for link, its in links[:-1]:
-            assert isinstance(its.base, BaseEntry)
-            _refuse_rows(link.location.given, its, its.base)
+        _refuse_rows(links, config)
     place, found = links[-1] if len(links) > config.delta_chain else links[0]
     return place.location.given, found
 
 
-def _refuse_rows(directory: str, delta: Manifest, entry: BaseEntry) -> None:
-    """Refuse a delta that has rows of its own as the base of one without tables: these rows would be taken back. ConfigError."""
-    for table in delta.tables:
-        its = table.delta
-        if its is not msgspec.UNSET and (its.changed or its.new or its.deleted):
-            raise ConfigError(
-                f"base {directory} is a delta with {its.changed:,} changed, {its.new:,} new and {its.deleted:,} deleted rows of "
-                f"table {table.name!r}, and without tables (need_export_sparse: false) serving would go back to the rows of "
-                f"{entry.path}. Export the tables too; or give base: {entry.path}, if its rows are to be served again"
-            )
+def _refuse_rows(links: Sequence[tuple[Directory, Manifest]], config: BaseOfDelta) -> None:
+    """Refuse a base of a dense part alone with rows that the full package below lacks: it would take them back. ConfigError."""
+    manifests, is_latest = [manifest for _, manifest in links], config.base == LATEST
+    name = config.export_dir if is_latest else str(config.base)
+    for place, manifest in links[:-1]:
+        if (found := find_own_rows(manifest)) is None:
+            continue
+        table, its = found
+        full = links[-1][0].location.given
+        given = links[0][0]
+        which = f"is {given.location.given}, " if is_latest else "is "
+        which += "a delta" if place is given else f"on top of {place.location.given}, a delta"
+        again = f"; or give base: {full}, if its rows are to be served again"
+        raise ConfigError(
+            f"base {config.base} {which} with {its.changed:,} changed, {its.new:,} new and {its.deleted:,} deleted rows of table "
+            f"{table!r}, and without tables (need_export_sparse: false) serving would go back to the rows of {full}. "
+            f"{advise_compact(manifests, name, is_latest=is_latest)}{'' if is_latest else again}"
+        )
 
 
 def refuse_replaced_base(base: Package) -> None:

@@ -161,7 +161,7 @@ def _write_settings(planned: _Planned, settings: Mapping[str, Any], added: Mappi
     for name, value in settings.items():
         yield from _comment([reasons[name]] if name in added else [])
         yield _write(name, value)
-    is_run = planned.located.step is not None and "step" not in settings
+    is_run = planned.located.is_run and "step" not in settings
     if is_run:
         yield from _comment(
             ["ckpt_dir is a training run: its latest complete checkpoint is exported. For this one alone:"]

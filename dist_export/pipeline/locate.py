@@ -6,14 +6,14 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import xxhash
 
-from dist_export.checkpoint.detect import RECIS, detect_format
+from dist_export.checkpoint.detect import PACKAGE, RECIS, detect_format
 from dist_export.checkpoint.model_weights import ModelWeights
-from dist_export.checkpoint.package_source import find_package
+from dist_export.checkpoint.package_source import find_manifest, find_package
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.config.source_needs import RegisteredExport, Registries
@@ -22,11 +22,12 @@ from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
 from dist_export.pipeline.base_package import FoundBase, find_base, find_committed_base, has_lost_base
 from dist_export.pipeline.identity import HOW
+from dist_export.pipeline.older_rows import NewRows, refuse_older_rows
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
 from dist_export.pipeline.taken_back import refuse_taken_back
 from dist_export.pipeline.trainer_delta import find_dumps, is_trainer_delta, list_steps, stat_dumps
 from dist_export.redact import redact_text
-from dist_export.registry import base
+from dist_export.registry import base, bases
 from dist_export.registry.versions import SCHEME, refuse_needed
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.urls import open_directory, open_place
@@ -44,7 +45,11 @@ class Locations:
     filter_sparse_opt: bool
     """Whether new shards are written; the setting, or what it is by default for the checkpoint's format."""
     step: int | None
-    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
+    """Of a training run's checkpoint, or what a package says of itself; None if nothing tells."""
+    rows_step: int | msgspec.UnsetType | None
+    """As a manifest has it: the step of a package's rows, if it is not ``step``."""
+    is_run: bool
+    """Whether ``step`` is that of a training run's checkpoint, or was asked for."""
     register: str
     """The registry's URI under which the package becomes a new version; empty for none."""
     seen: str
@@ -80,6 +85,7 @@ def locate(
         ConfigError: a URI that no registry resolves; a setting that needs new shards, where files are copied.
         CheckpointError: no complete checkpoint, or none of the step; one that looks like several formats.
     """
+    is_known = found is not None  # of the package that is compacted
     if config.ckpt_dir is None:  # a model in memory
         resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
@@ -103,30 +109,28 @@ def locate(
         export_dir = _place(target, config, found, notes)
         if is_latest:
             found_base = find_committed_base(export_dir, config.options_of_target) or found_base
-    if register:
-        base.require(register, options)
-        if redact_text(export_dir) != export_dir:
-            raise ConfigError(
-                f"export_dir {redact_text(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
-                "them into target_storage_options"
-            )
-    seen = base.look(register, options) if register else ""
+    seen = _look_at_registry(register, options, export_dir) if register else ""
+    step, rows_step = _find_steps(config, found, is_compacted=is_known)
+    rows, publish = _find_rows(config, found_base, rows_step), register if base.scheme_of(register) == SCHEME else ""
+    if publish and rows:
+        notes += refuse_older_rows(rows, publish, options, config.options_of_target, export_dir=export_dir)
     if is_trainer_delta(config.format) and found_base.directory is not None:
-        publish = register if base.scheme_of(register) == SCHEME else ""
         steps = list_steps(resolved.directory, config)
         stores, below = (options, config.options_of_target), found_base.directory
         refuse_taken_back(given, *stores, steps, base=below, export_dir=export_dir, publish=publish)
     if config.overwrite:
         refuse_needed(open_directory(export_dir, config.options_of_target))
+    is_in_run = found.step is not None and found.directory != resolved.directory
     notes += [found_base.note] if found_base.note else []
-    if found.step is not None and found.directory != resolved.directory:
-        notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
+    notes += [f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}"] if is_in_run else []
     return Locations(
         ckpt_dir=found.directory,
         export_dir=export_dir,
         filter_sparse_opt=bool(config.filter_sparse_opt),
         source_uri=resolved.uri if resolved.uri != resolved.directory else "",
-        step=found.step,
+        step=step,
+        rows_step=rows_step,
+        is_run=found.step is not None,
         register=register,
         seen=seen,
         base=found_base,
@@ -149,6 +153,22 @@ def _refuse_two_registries(export_dir: str, register: str) -> None:
         )
 
 
+def _look_at_registry(register: str, options: dict[str, Any], export_dir: str) -> str:
+    """Return what a registry says before the export. ConfigError where it cannot take the package."""
+    base.require(register, options)
+    _refuse_credentials(export_dir)
+    return base.look(register, options)
+
+
+def _refuse_credentials(export_dir: str) -> None:
+    """Refuse credentials in the URL of a package that a registry gets."""
+    if redact_text(export_dir) != export_dir:
+        raise ConfigError(
+            f"export_dir {redact_text(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
+            "them into target_storage_options"
+        )
+
+
 def _resolve_filter(config: ExportConfig, ckpt_dir: str | None) -> bool:
     """Return whether new shards are written, where the setting is null by the checkpoint's format."""
     if config.is_refresh:
@@ -160,6 +180,40 @@ def _resolve_filter(config: ExportConfig, ckpt_dir: str | None) -> bool:
     if found is None:  # a RecIS checkpoint of dense parameters alone, or no checkpoint, which its reader says
         return config.need_export_sparse
     return found != RECIS or find_package(directory) is not None
+
+
+_RowsStep: TypeAlias = int | msgspec.UnsetType | None
+"""As a manifest has it."""
+
+
+def _find_steps(config: ExportConfig, found: FoundCheckpoint, *, is_compacted: bool) -> tuple[int | None, _RowsStep]:
+    """Return the step of the source and, where it is another one, that of its rows: a package says both. CheckpointError."""
+    if found.directory is None or is_trainer_delta(config.format):
+        return found.step, msgspec.UNSET
+    directory = open_place(found.directory, config.storage_options, follow_links=config.follow_links)
+    if is_compacted:
+        manifest = bases.read_manifest(directory)
+    elif detect_format(directory, asked=config.format) not in (RECIS, PACKAGE):
+        return found.step, msgspec.UNSET
+    else:
+        manifest = find_manifest(directory)
+    if manifest is None or manifest.mode == "in_place":  # there a trainer may have saved anew
+        return found.step, msgspec.UNSET
+    source = manifest.source
+    step = source.dense_step if found.step is None else found.step
+    is_silent = source.dense_step is None and source.rows_step is msgspec.UNSET
+    return step, msgspec.UNSET if is_silent or source.step_of_rows == step else source.step_of_rows
+
+
+def _find_rows(config: ExportConfig, found_base: FoundBase, rows_step: _RowsStep) -> NewRows | None:
+    """Return what is known of the rows of the new package, if its own step does not tell; else None."""
+    if not config.is_refresh:
+        return None if isinstance(rows_step, msgspec.UnsetType) else NewRows(rows_step)
+    path = found_base.directory
+    manifest = None if path is None else bases.read_manifest(open_directory(path, config.options_of_target))
+    if path is None or manifest is None:  # whoever opens the base says so
+        return None
+    return NewRows(manifest.source.step_of_rows, path, manifest.digest)
 
 
 def register_package(config: RegisteredExport, locations: Locations, manifest: Manifest, directory: str) -> str:

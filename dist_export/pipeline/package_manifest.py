@@ -61,6 +61,7 @@ def describe_package(
                 num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
                 uri=located.source_uri or msgspec.UNSET,
                 step=msgspec.UNSET if located.step is None else located.step,
+                rows_step=located.rows_step,
             ),
             checkpoint,
         ),

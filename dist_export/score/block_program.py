@@ -25,6 +25,8 @@ class BlockProgram:
     """Its inputs for the sample."""
     blocks: tuple[str, ...]
     """The inputs of the dense arch that it gives."""
+    num_examples: int
+    """In the sample."""
 
     @property
     def shapes(self) -> dict[str, tuple[Any, ...]]:
@@ -32,8 +34,8 @@ class BlockProgram:
         return input_shapes(self.program, list(self.tensors))
 
 
-def trace_blocks(scored: ScoredModel, batch: FlatBatch) -> BlockProgram:
-    """Trace what the dense arch gets for a batch. The tables were replaced before. Rank 0; no collective takes place.
+def trace_blocks(scored: ScoredModel, batch: FlatBatch, num_examples: int) -> BlockProgram:
+    """Trace what the dense arch gets for so many examples. The tables were replaced before. Rank 0; no collective takes place.
 
     Raises:
         NotExportableError: torch cannot trace it.
@@ -43,4 +45,4 @@ def trace_blocks(scored: ScoredModel, batch: FlatBatch) -> BlockProgram:
     with sizes_from_zero(scored.from_zero):
         program = decompose(program)
     own_changed_state(program)
-    return BlockProgram(program, batch, dict(batch.tensors), names)
+    return BlockProgram(program, batch, dict(batch.tensors), names, num_examples)

@@ -106,6 +106,10 @@ class ScoreParity:
             return dict(self.batch.tensors)
         return self._resizer.resize(num_examples)
 
+    def count_cut(self, num_examples: int, in_sample: int) -> int:
+        """Return how many examples :meth:`cut` gives."""
+        return in_sample if self._resizer is None else num_examples
+
     def first_sizes(self) -> dict[str, str]:
         """Return the first sizes of the sample's tensors in terms of ``batch``, if it can be cut by example."""
         return {} if self._resizer is None else self._resizer.first_sizes()

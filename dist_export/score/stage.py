@@ -267,7 +267,8 @@ class ScoreStage:
         token = register_source(rows)
         sparse_arch = unwrap(self._sparse_arch)
         modules = {number: tables for number, (_, tables) in self._row_modules.items()}
-        cut = dataclasses.replace(batch, tensors=self._parity.cut(max(2, self._num_stored)))
+        size = max(2, self._num_stored)
+        cut = dataclasses.replace(batch, tensors=self._parity.cut(size))
         head = self._dense.head
         scored = ScoredModel(
             sparse_arch, self._sample(), head, is_live=finder.is_live, from_zero=self._parity.from_zero
@@ -286,7 +287,11 @@ class ScoreStage:
                 failing,
             ):
                 traced = trace_scores(scored, cut)
-                self._blocks = None if self._config.serving == "off" else trace_blocks(scored, cut)
+                has_contract, num_cut = (
+                    self._config.serving != "off",
+                    self._parity.count_cut(size, self._dense.num_rows),
+                )
+                self._blocks = trace_blocks(scored, cut, num_cut) if has_contract else None
             self._packed = pack_scores(traced, archive_format=self._config.archive_format)
             named = {path: ", ".join(its) for path, its in self._row_modules.values()}
             self.entry = describe_scores(traced, self._sample(), named, self._parity.first_sizes())

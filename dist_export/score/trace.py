@@ -171,6 +171,12 @@ def _stand_ins(
     for name in names:
         for dim, size in enumerate(shapes[name] if name not in dropped else ()):
             known.setdefault(str(size), (name, dim))
+    for (
+        lists
+    ) in batch.jagged:  # the code need not compare them: a size that only the batch tells, such as that of weights
+        if used := [name for name in lists.values if name not in dropped]:
+            for name in lists.values:
+                known.setdefault(str(shapes[name][0]), (used[0], 0))
     return {
         name: _StandIn(
             batch.tensors[name],

@@ -8,6 +8,9 @@ from typing import Any
 from dist_export.humanize import few
 from dist_export.manifest import ScoreEntry
 
+_WHOLE = ("int64", "int32", "int16", "int8", "uint8")
+"""Dtypes of padded lists of ids, whose sizes are free where the model's code lets them be."""
+
 
 def list_trace_notes(entry: ScoreEntry, constants: Mapping[str, Any], row_modules: Sequence[str]) -> list[str]:
     """Return notes.
@@ -29,9 +32,24 @@ def list_trace_notes(entry: ScoreEntry, constants: Mapping[str, Any], row_module
             f"the score program takes only sizes with {', '.join(entry.conditions)}, because the model's code branches "
             "on them; it refuses other inputs"
         )
+    if fixed := _list_fixed_lengths(entry):
+        notes.append(
+            f"the score program takes lists of one length alone, that of the sample: {few(fixed)}. The model's code fixes it, or "
+            "the trace of a layer that has a step for each element, such as nn.GRU and nn.LSTM; pad or cut lists to it. It "
+            "refuses other inputs"
+        )
     if named := ", ".join(row_modules):
         notes.append(
             f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code "
             "cannot be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
         )
     return notes
+
+
+def _list_fixed_lengths(entry: ScoreEntry) -> list[str]:
+    """Return the inputs of whole numbers with a size, besides the first one, that is always that of the sample."""
+    return [
+        f"{tensor.name!r} of shape ({', '.join(map(str, tensor.shape))})"
+        for tensor in entry.inputs
+        if tensor.dtype in _WHOLE and any(isinstance(size, int) for size in tensor.shape[1:])
+    ]

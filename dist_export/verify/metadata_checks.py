@@ -11,10 +11,11 @@ import numpy as np
 from dist_export.checkpoint.recis.model_pt import describe_dense_state
 from dist_export.errors import CheckpointError, DistExportError, PackageError, UserError, WrongBaseError
 from dist_export.formats.dtypes import I64
+from dist_export.formats.package_signs import list_side_files
 from dist_export.formats.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.formats.row_encodings import U8
-from dist_export.humanize import count
-from dist_export.manifest import MANIFEST, Manifest
+from dist_export.humanize import count, few
+from dist_export.manifest import MANIFEST, SCORE_FOLDER, Manifest
 from dist_export.package.reader import Package
 from dist_export.package.stored_rows import is_sound_encoding
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
@@ -93,7 +94,7 @@ class Survey:
         report, directory = self.report, self.directory
         try:
             self._recognize()
-            if report.kind == "interrupted export":
+            if report.kind in ("interrupted export", "package without manifest"):
                 return None
             listing = list_files(directory, is_deep=report.kind == "package")
         except OSError as error:  # an unreachable store does not make a package unsound
@@ -136,6 +137,15 @@ class Survey:
                 MANIFEST,
                 "manifest",
                 f"no {MANIFEST}, so this is no package: its export did not finish ({WORK_DIRECTORY} is there); run it again",
+            )
+        elif signs := list_side_files(names) + [f"{name}/" for name in directory.folders() if name == SCORE_FOLDER]:
+            report.kind = "package without manifest"
+            report.add(
+                MANIFEST,
+                "manifest",
+                f"is not there, and {few(signs)} of a package {'is' if len(signs) == 1 else 'are'}: nothing says what its files "
+                "must be, nor whether it is a delta. Copy the package again, or export again; if this is a checkpoint, "
+                "remove the files that an export put there",
             )
         elif {INDEX, TENSORKEY, MERGED} & set(names) or any(map(SHARD.fullmatch, names)):
             report.kind = "RecIS directory"

@@ -33,7 +33,7 @@ class Report:
 
     def __init__(self, kind: str = "package") -> None:
         self.kind = kind
-        """``package``, ``interrupted export``, or ``RecIS directory``, which has no manifest.json."""
+        """``package``, ``interrupted export``, ``package without manifest``, or ``RecIS directory``, which needs none."""
         self.checked: list[str] = []
         """What was checked and is sound, as text for people."""
         self._found: dict[bool, list[Finding]] = {True: [], False: []}

@@ -7,10 +7,8 @@ import logging
 import msgspec
 
 from dist_export.errors import PackageError
-from dist_export.formats.deleted_ids import SUFFIX as DELETED_SUFFIX
+from dist_export.formats.package_signs import SIDE_SUFFIXES
 from dist_export.formats.recis import is_plain_name
-from dist_export.formats.row_fingerprints import SUFFIX as FINGERPRINTS_SUFFIX
-from dist_export.formats.row_index import SUFFIX as INDEX_SUFFIX
 from dist_export.manifest import MANIFEST, PartDigest, RowIndexEntry, decode_manifest
 from dist_export.storage.directory import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory
 from dist_export.storage.urls import open_directory
@@ -25,7 +23,7 @@ UPLOADS = f"{WORK_DIRECTORY}/uploads.json"
 """The running uploads to an S3 store. Without this file a rerun aborts them instead of resuming them."""
 
 _SMALL_FILES = f"{WORK_DIRECTORY}/small_files.json"
-_WITH_RECEIPTS = (".safetensors", INDEX_SUFFIX, FINGERPRINTS_SUFFIX, DELETED_SUFFIX)
+_WITH_RECEIPTS = (".safetensors", *SIDE_SUFFIXES)
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):

@@ -215,6 +215,12 @@ def test_a_wrong_link_is_an_error_that_names_it(tmp_path: Path, number: int, wha
     assert told.startswith(f"{links[number + 1]} is a delta package of {links[number]}")
     assert digest in told
     assert "\n" not in told
+    if number == 2:  # what is directly below the package that is opened
+        assert told.endswith("To read the delta, put the base back, or give base")
+    else:  # which nobody can give: what is given is below the last one
+        assert told.endswith("To read the delta and those on top of it, put its base back there or beside it")
+        with pytest.raises(PackageError, match="To read the delta and those on top of it, put its base back"):
+            dist_export.open_package(links[3], base=links[2])
 
 
 def test_at_most_eight_links_are_opened(tmp_path: Path) -> None:

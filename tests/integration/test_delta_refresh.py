@@ -239,6 +239,24 @@ def test_rows_of_a_delta_are_not_taken_back(checkpoints, base: Path, tmp_path: P
     assert not (tmp_path / "third").exists()
 
 
+def test_what_a_chain_would_go_back_to_is_the_full_package(checkpoints, base: Path, tmp_path: Path) -> None:
+    """The delta with rows is named, and not the one above it; the rows would be those of the full one, not of the next."""
+    (before, after), off = checkpoints, exports.SCORES_OFF
+    export(after, tmp_path / "first", base=str(base), **off)
+    export(before, tmp_path / "second", base=str(tmp_path / "first"), delta_chain=2, **off)
+    refresh_of = tmp_path / "second"
+    with pytest.raises(ConfigError) as told:
+        refresh(after, tmp_path / "third", refresh_of)
+    assert f"base {refresh_of} is a delta with 3 changed" in str(told.value)
+    assert f"serving would go back to the rows of {base}. " in str(told.value)
+    assert f"`dist_export compact {refresh_of} OUT`, and give base: OUT; or give base: {base}, if" in str(told.value)
+    export(after, tmp_path / "same", base=str(tmp_path / "first"), delta_chain=2, **off)
+    with pytest.raises(
+        ConfigError, match=rf"base {tmp_path / 'same'} is on top of {tmp_path / 'first'}, a delta with 3"
+    ):
+        refresh(after, tmp_path / "third", tmp_path / "same")
+
+
 def test_a_checkpoint_without_tables_gives_a_dense_part(checkpoints, base: Path, tmp_path: Path) -> None:
     _, after = checkpoints
     state = {name: value for name, value in torch.load(after).items() if name.startswith("dense_arch")}

@@ -344,3 +344,24 @@ def test_a_report_says_that_its_rows_are_those_of_a_delta(written: Deltas, tmp_p
         page = (tmp_path / "report.html").read_text()
         assert ("without the base" in page) == is_told
         assert ("Delta package of" in page) == is_told
+
+
+def test_a_delta_without_its_manifest_is_not_sound(delta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was checked as a directory of RecIS, and ended well."""
+    (delta / MANIFEST).unlink()
+    report = verify(str(delta))
+    assert (report.kind, told(report)) == ("package without manifest", {(MANIFEST, "manifest")})
+    assert "nor whether it is a delta. Copy the package again" in report.findings[0]
+    assert main(["verify", str(delta)]) == 1
+    assert "unsound: package without manifest with 1 finding" in capsys.readouterr().out
+
+
+def test_a_delta_without_its_manifest_is_no_source(delta: Path, tmp_path: Path) -> None:
+    """Its rows alone were exported as the model."""
+    (delta / MANIFEST).unlink()
+    settings = {"ckpt_dir": str(delta), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
+    with pytest.raises(CheckpointError, match=r"\.deleted_ids and no .*: this is a delta package without its manifest"):
+        export(settings)
+    for path in delta.glob("*.deleted_ids"):
+        path.unlink()
+    assert any("if it is a package that lost it, it may be a delta" in note for note in export(settings).notes)

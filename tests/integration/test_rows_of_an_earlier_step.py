@@ -15,7 +15,7 @@ from torch import nn
 import dist_export
 from dist_export import cli
 from dist_export.api import Exporter
-from dist_export.errors import ConfigError
+from dist_export.errors import ConfigError, ExportError
 from tests.support import score_models as models
 from tests.support.deltas import manifest_of
 from tests.support.tzrec_dumps import write_dump
@@ -140,3 +140,44 @@ def test_dumps_do_not_take_back_the_dense_part_of_the_current_version(training: 
     (full,) = [path.name for path in (tmp_path / "pub" / "versions").iterdir() if path.name.startswith("100-")]
     with pytest.raises(ConfigError, match=r"has a dense part of step 150, .* is of step 100"):
         training.export_dumps(None, f"{versions}@{full}", **publish)
+
+
+def test_an_export_of_a_package_says_how_old_its_rows_are(training: Training, tmp_path: Path) -> None:
+    """It said no step at all, or the one that was asked for, and dumps between were lost."""
+    training.export(100, tmp_path / "base")
+    training.export(150, tmp_path / "refresh", base=str(tmp_path / "base"), need_export_sparse=False)
+    made = tmp_path / "full" / "150"
+    assert cli.main(["compact", str(tmp_path / "refresh"), str(made), "--progress", "false"]) == 0
+    given = {"progress": False, "num_shards": 3}
+    for name, source, more in (
+        ("again", made, {}),
+        ("of_step", made, {"step": 150}),
+        ("of_a_run", made.parent, {}),
+    ):
+        out = tmp_path / name
+        dist_export.export({"ckpt_dir": str(source), "export_dir": str(out), **given, **more})
+        source_entry = manifest_of(out)["source"]
+        assert (source_entry["step"], source_entry["rows_step"]) == (150, 100), name
+        training.export_dumps(tmp_path / f"{name}_delta", out)
+        assert manifest_of(tmp_path / f"{name}_delta")["source"]["steps"] == [120, 180]
+    dist_export.export({"ckpt_dir": str(tmp_path / "base"), "export_dir": str(tmp_path / "plain"), **given})
+    plain = manifest_of(tmp_path / "plain")["source"]
+    assert (plain["step"], "rows_step" in plain) == (100, False)
+
+
+def test_a_package_in_a_directory_of_another_step_keeps_that_of_its_rows(training: Training, tmp_path: Path) -> None:
+    training.export(100, tmp_path / "run" / "ckpt_150")
+    dist_export.export({"ckpt_dir": str(tmp_path / "run"), "export_dir": str(tmp_path / "out"), "progress": False})
+    source = manifest_of(tmp_path / "out")["source"]
+    assert (source["step"], source["rows_step"]) == (150, 100)
+
+
+def test_a_package_of_an_earlier_step_does_not_become_current(training: Training, tmp_path: Path) -> None:
+    """As a checkpoint of that step does not."""
+    publish = {"publish": str(tmp_path / "pub")}
+    training.export(100, tmp_path / "old")
+    training.export(150, None, **publish)
+    before = (tmp_path / "pub" / "current.json").read_bytes()
+    with pytest.raises(ExportError, match=r"is of step 150, and this one of step 100"):
+        dist_export.export({"ckpt_dir": str(tmp_path / "old"), "progress": False, "num_shards": 2, **publish})
+    assert (tmp_path / "pub" / "current.json").read_bytes() == before

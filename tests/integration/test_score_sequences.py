@@ -107,7 +107,11 @@ def run(
 def test_the_program_takes_batches_of_all_sizes(dense: Callable[[], nn.Module], tmp_path: Path) -> None:
     """There was none: traced for sizes of 0 and 1 too, it refused a batch of one example."""
     package, trained = run(tmp_path, dense)
-    lengths = (6,) if isinstance(trained.dense_arch, Recurrent) else (1, 6, 9)  # its steps are written out
+    is_fixed = isinstance(trained.dense_arch, Recurrent)  # its steps are written out
+    lengths = (6,) if is_fixed else (1, 6, 9)
+    told = [note for note in package.manifest.notes if "takes lists of one length alone" in note]
+    assert len(told) == is_fixed
+    assert all("that of the sample: 'clicks' of shape (batch, 6). " in note for note in told)
     for batch in [batch_of(size, length) for size in (0, 1, 4, 9) for length in lengths]:
         with torch.no_grad():
             expected = trained(batch).numpy()

@@ -111,3 +111,43 @@ def test_sizes_without_a_branch_have_no_condition(tmp_path: Path) -> None:
     package, _ = run(tmp_path, lambda _: 1, [batch_of(6, 3)])
     assert package.manifest.score.conditions == ()
     assert not any("takes only sizes" in note for note in package.manifest.notes)
+
+
+class Broadcast(nn.Module):
+    """``change`` makes the price of the batch."""
+
+    def __init__(self, change: Callable[[Batch], torch.Tensor]) -> None:
+        super().__init__()
+        self.user, self.clicks = (nn.Embedding(models.ROWS, models.DIM) for _ in range(2))
+        self.change = change
+
+    def forward(self, batch: Batch) -> Batch:
+        clicks = self.clicks(batch["clicks"]).sum(1)
+        return {"user": self.user(batch["user"]), "clicks": clicks, "price": self.change(batch)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda batch: (batch["price"][:, 0] * batch["weight_of_all"])[:, None],
+        lambda batch: batch["price"] * batch["weight_of_all"],
+        lambda batch: batch["price"] * len(batch["clicks"][batch["clicks"] > 3]),
+        lambda batch: batch["price"] * batch["price"][batch["price"] > 0.5].shape[0],
+        lambda batch: batch["price"] / len(torch.nonzero(batch["clicks"] > 3)),
+    ],
+    ids=["of one vector", "of one matrix", "length of a mask", "size of a mask", "nonzero"],
+)
+def test_sizes_of_values_and_of_one_are_scored_as_the_model_does_or_not_at_all(change, tmp_path: Path) -> None:
+    """A note says why there is no program."""
+    batch = lambda *sizes: {**batch_of(*sizes), "weight_of_all": torch.tensor([1.7])}
+    build = lambda: models.Model(Broadcast(change), 2 * models.DIM + 1)
+    trained = models.train(build())
+    checkpoint = models.save(trained, tmp_path / "model.pth")
+    given = [build(), "sparse_arch", "dense_arch", [batch(6, 3)], checkpoint, tmp_path / "out"]
+    manifest = Exporter(*given).export(progress=False)
+    package = dist_export.open_package(tmp_path / "out")
+    if not manifest.score:
+        assert any(note.startswith("the package has no score program: ") for note in manifest.notes)
+        return
+    for num_examples, length in ((6, 3), (1, 3), (2, 5), (9, 1), (1, 1)):
+        assert_scores(package, trained, batch(num_examples, length))

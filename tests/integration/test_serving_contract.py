@@ -523,3 +523,38 @@ def test_a_package_as_a_source_keeps_the_contract_under_new_names(plain, tmp_pat
     assert {feature.table for feature in package.manifest.serving.features} == {"user", "clicks", "tags"}
     assert_same_inputs(package, trained, models.batch_of(9))
     assert not verify(str(tmp_path / "again")).findings
+
+
+class Bag(nn.Module):
+    """One list for each example, in tensors of any name."""
+
+    def __init__(self, names: tuple[str, str], *, has_last: bool) -> None:
+        super().__init__()
+        self.names = names
+        self.table = nn.EmbeddingBag(models.ROWS, models.DIM, mode="sum", include_last_offset=has_last)
+
+    def forward(self, batch: models.Batch) -> models.Batch:
+        return {"block": self.table(batch[self.names[0]], batch[self.names[1]]), "price": batch["price"]}
+
+
+@pytest.mark.parametrize("has_last", [True, False])
+@pytest.mark.parametrize(
+    "names", [("tags_values", "tags_offsets"), ("v", "o"), ("tags", "ends"), ("values", "lengths")]
+)
+@pytest.mark.parametrize("last", [3, 0])
+def test_what_bounds_lists_does_not_depend_on_names(
+    names: tuple[str, str], has_last: bool, last: int, tmp_path: Path
+) -> None:
+    """Offsets with the last one were taken for offsets without it because of their name."""
+    lengths = torch.tensor([2, 1, 0, 4, last])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    random = torch.Generator().manual_seed(1)
+    batch = {
+        names[0]: torch.randint(0, models.ROWS, (int(lengths.sum()),), generator=random),
+        names[1]: offsets if has_last else offsets[:-1],
+        "price": torch.rand(5, 1, generator=random),
+    }
+    build = lambda: models.Model(Bag(names, has_last=has_last), models.DIM + 1)
+    package, trained = run(tmp_path, build, [batch])
+    assert known_inputs(package) == ["block", "price"]
+    assert_same_inputs(package, trained, batch)

@@ -291,8 +291,24 @@ def test_an_interrupted_export_is_no_package(sparse: Path) -> None:
     assert line.startswith("manifest.json: no manifest.json, so this is no package: its export did not finish")
 
 
-def test_without_its_manifest_it_is_a_directory_of_recis(sparse: Path) -> None:
+def test_a_package_that_lost_its_manifest_is_not_sound(exported: Path, package: Path) -> None:
+    """Nothing vouches for its files; one of those that only a package has is enough to know it."""
+    (package / MANIFEST).unlink()
+    report = verify(str(package))
+    assert (report.kind, told(report)) == ("package without manifest", {(MANIFEST, "manifest")})
+    for side in ("*.row_index", "*.row_fingerprints"):
+        for path in package.glob(side):
+            path.unlink()
+    (package / "score_program").mkdir(exist_ok=True)
+    assert (
+        verify(str(package)).findings[0].startswith("manifest.json: is not there, and score_program/ of a package is")
+    )
+
+
+def test_the_files_that_recis_knows_are_a_directory_of_recis(sparse: Path) -> None:
     (sparse / MANIFEST).unlink()
+    for path in sparse.glob("*.row_*"):
+        path.unlink()
     report = verify(str(sparse))
     assert (report.kind, report.findings) == ("RecIS directory", [])
     assert report.notes[0].line == "manifest.json: is not there, so this is no package; checked as a directory of RecIS"

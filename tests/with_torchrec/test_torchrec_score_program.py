@@ -111,10 +111,21 @@ def batch_of(num_examples: int, seed: int, *, is_weighted: bool = False) -> dict
 
 
 @pytest.mark.parametrize(
-    ("kind", "pooling", "is_weighted"),
-    [("bags", "SUM", False), ("bags", "MEAN", False), ("bags", "SUM", True), ("lists", "", False)],
+    ("kind", "pooling", "is_weighted", "has_weights"),
+    [
+        ("bags", "SUM", False, False),
+        ("bags", "MEAN", False, False),
+        ("bags", "SUM", True, True),
+        ("lists", "", False, False),
+        ("bags", "SUM", False, True),
+        ("bags", "MEAN", False, True),
+        ("lists", "", False, True),
+    ],
 )
-def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, tmp_path: Path) -> None:
+def test_collections_score_from_ids(
+    kind: str, pooling: str, is_weighted: bool, has_weights: bool, tmp_path: Path
+) -> None:
+    """Weights that the collection does not read are no input."""
     import numpy as np
     import torch
 
@@ -129,7 +140,7 @@ def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, 
         build(kind, pooling, is_weighted=is_weighted),
         "sparse_arch",
         "dense_arch",
-        [batch_of(5, 0, is_weighted=is_weighted)],
+        [batch_of(5, 0, is_weighted=has_weights)],
         tmp_path / "model.pth",
         out,
         score_program="require",
@@ -140,7 +151,7 @@ def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, 
     assert manifest.score.parity.batch_sizes == (5, 1, 2, 301)
     package = dist_export.open_package(out)
     for num_examples in (1, 2, 128):
-        batch = batch_of(num_examples, num_examples, is_weighted=is_weighted)
+        batch = batch_of(num_examples, num_examples, is_weighted=has_weights)
         features = batch["features"]
         inputs = {
             "features_values": features.values(),
@@ -165,3 +176,23 @@ def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, 
     assert stated["user"].stated_by["pooling"] == "collection"
     np.savez(tmp_path / "inputs.npz", expected=expected, **{name: its.numpy() for name, its in inputs.items()})
     subprocess.run([sys.executable, "-c", _SCORE, str(out), str(tmp_path / "inputs.npz")], cwd="/", check=True)
+
+
+def test_lists_of_a_fixed_length_are_stated_without_other_lengths_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lengths of the sample alone can be tried, it was stated that lists are as long as the longest of a batch."""
+    import torch
+
+    from dist_export.api import Exporter
+    from dist_export.contract.made_up import Trials
+
+    run = Trials.run
+    monkeypatch.setattr(
+        Trials, "run", lambda self, *, vary_sizes, fixed=None: None if vary_sizes else run(self, vary_sizes=False)
+    )
+    torch.manual_seed(3)
+    torch.save(build("lists").state_dict(), tmp_path / "model.pth")
+    given = [build("lists"), "sparse_arch", "dense_arch", [batch_of(5, 0)], tmp_path / "model.pth", tmp_path / "out"]
+    manifest = Exporter(*given, score_program="require").export(progress=False)
+    assert [feature.longest for feature in manifest.serving.features] == [LONGEST, LONGEST]

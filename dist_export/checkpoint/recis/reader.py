@@ -68,10 +68,13 @@ def list_finished(directory: Directory) -> set[str]:
 class RecisReader:
     """Reads one RecIS checkpoint directory. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
-    def __init__(self, directory: Directory, *, json_bytes: int = STANDARD.json_bytes) -> None:
+    def __init__(
+        self, directory: Directory, *, more_warnings: Sequence[str] = (), json_bytes: int = STANDARD.json_bytes
+    ) -> None:
         """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing.
 
-        ``json_bytes``: the size of the pieces in which they are decoded.
+        ``more_warnings``: those that the checkpoint gets besides its own. ``json_bytes``: the size of the pieces in which the
+        indexes are decoded.
         """
         self.directory = directory
         self._json_bytes = json_bytes
@@ -90,7 +93,7 @@ class RecisReader:
         starts = np.searchsorted(self._index.file[order], np.arange(1, len(self.files)))
         self._positions_by_file = np.split(order, starts)
         self._has_merged = MERGED in names
-        self._warnings = tuple(_list_bystanders(names, set(self._index.files)))
+        self._warnings = (*more_warnings, *_list_bystanders(names, set(self._index.files)))
         if not self._has_merged:
             self._warnings += (f"{MERGED} is missing in the checkpoint; the package gets a new one",)
 
