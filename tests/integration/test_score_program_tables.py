@@ -143,6 +143,37 @@ def test_a_module_that_is_a_lookup_for_the_samples_ids_alone_is_none(tmp_path: P
     assert any("with other ids of the tables" in note for note in package.manifest.notes)
 
 
+class Hashed(Listed):
+    """Ids share rows by their remainder. torch cannot export this."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids % models.ROWS)
+
+
+class TwoIds(nn.Module):
+    """A module of hashed ids beside one that refuses row numbers that its table lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = Hashed()
+        self.item = Listed()
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"block": self.user(batch["user"]) + self.item(batch["item"]), "price": batch["price"]}
+
+
+@pytest.mark.parametrize("kind", [Hashed, TwoIds])
+def test_a_module_that_hashes_ids_of_which_the_sample_has_none_beyond_the_rows_is_none(
+    tmp_path: Path, kind: type[nn.Module]
+) -> None:
+    """The model has a row for each id, and lookups have none for those beyond the rows."""
+    sample = models.batch_of() | {"user": torch.arange(6), "item": torch.arange(6)}
+    build = (lambda: untraceable(Hashed)) if kind is Hashed else lambda: models.Model(TwoIds(), models.DIM + 1)
+    checkpoint = Path(models.save(models.train(build()), tmp_path / "model.pth"))
+    with pytest.raises(ModelError, match="with row numbers that the tables lack"):
+        export(tmp_path, build(), [sample], checkpoint, score_program="require")
+
+
 class Capped(nn.Module):
     """Ids from 20 on share a row. torch can export this."""
 
