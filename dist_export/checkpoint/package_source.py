@@ -22,6 +22,7 @@ from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.package_signs import list_deleted_ids, list_side_files
 from dist_export.formats.recis import DENSE_STATE, EMBEDDING_SLOT
 from dist_export.formats.row_encodings import INT8_ROWWISE, U8
+from dist_export.formats.source_entry import PRUNED, RENAMED
 from dist_export.humanize import few
 from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
@@ -45,6 +46,20 @@ def find_package(directory: Directory) -> Manifest | None:
         for slot in table.kept
     )
     return manifest if is_needed else None
+
+
+def list_earlier(directory: Directory) -> tuple[str, ...]:
+    """Return the settings by which names or rows of a package are not those of its checkpoint; none for what is no package.
+
+    CheckpointError as :func:`find_manifest`.
+    """
+    manifest = find_package(directory)
+    if manifest is None:
+        return ()
+    found = [RENAMED] if any(table.source_name is not msgspec.UNSET for table in manifest.tables) else []
+    found += [PRUNED] if manifest.prune is not msgspec.UNSET else []
+    before = () if manifest.source.earlier is msgspec.UNSET else manifest.source.earlier
+    return tuple(sorted({*found, *before}))
 
 
 def find_manifest(directory: Directory) -> Manifest | None:

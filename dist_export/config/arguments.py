@@ -77,7 +77,7 @@ def _nest(option: str, before: Any, keys: Sequence[str], text: str) -> Any:
     """Return the value of ``--name.a.b text`` as ``{a: {b: value}}``."""
     import yaml  # here, because most commands read no YAML
 
-    from dist_export.config.strict_yaml import load_yaml
+    from dist_export.config.strict_yaml import UnsafeYamlError, load_yaml
 
     for key in keys[:-1]:
         before = before.get(key, {}) if isinstance(before, Mapping) else before
@@ -85,8 +85,9 @@ def _nest(option: str, before: Any, keys: Sequence[str], text: str) -> Any:
             raise ConfigError(f"{option[2:]} lies below a value")
     try:
         value = load_yaml(text, has_exponents=True)
-    except yaml.YAMLError:
-        raise ConfigError(f"{option[2:]} is no YAML") from None
+    except yaml.YAMLError as error:
+        reason = f": {error.problem}" if isinstance(error, UnsafeYamlError) else ""
+        raise ConfigError(f"{option[2:]} is no YAML{reason}") from None
     for key in reversed(keys):
         value = {key: value}
     return value

@@ -13,6 +13,10 @@ _MAX_NODES = 100_000
 _MAX_DEPTH = 64
 """Limit of nested brackets."""
 
+_TO_BASE_8_OR_60 = re.compile(r"[-+]?(?:0[0-7_]*[0-7][0-7_]*|[0-9][0-9_.]*(?::[0-9_.]+)+)", re.ASCII)
+"""What YAML 1.1 takes for numbers to base 8 (0100 is 64) and 60 (1:30 is 90), and people for something else."""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
 
 class UnsafeYamlError(yaml.YAMLError):
     """YAML that PyYAML would read, or crash on, but that no settings file needs."""
@@ -77,6 +81,7 @@ def _check(root: yaml.Node, loader: _Loader) -> None:
 
     def size_of(node: yaml.Node) -> int:
         if isinstance(node, yaml.ScalarNode):
+            _refuse_other_bases(node)
             return 1
         known = sizes.get(id(node))
         if known is not None:
@@ -95,6 +100,13 @@ def _check(root: yaml.Node, loader: _Loader) -> None:
         return size
 
     size_of(root)
+
+
+def _refuse_other_bases(node: yaml.ScalarNode) -> None:
+    if node.tag in _NUMBERS and _TO_BASE_8_OR_60.fullmatch(node.value):
+        base, what = (60, "a colon") if ":" in node.value else (8, "a zero at its beginning")
+        problem = f"YAML takes a number with {what} for one to base {base}; write it without, or quote it as text"
+        raise UnsafeYamlError(problem, node.start_mark)  # without the value, which may be a password
 
 
 def _refuse_twice(node: yaml.MappingNode, loader: _Loader) -> None:

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def make_onnx(
         with _quiet(), torch.no_grad():
             # input_names would rename by position, and could swap two inputs; the program has the names already
             converted = torch.onnx.export(
-                traced.program,
+                _rewrite(traced.program),
                 (),
                 kwargs=dict(traced.inputs),
                 dynamo=True,
@@ -70,6 +70,22 @@ def make_onnx(
         )
     opset = next(its.version for its in model.opset_import if its.domain in ("", "ai.onnx"))
     return model.SerializeToString(deterministic=True), int(opset)
+
+
+def _rewrite(program: ExportedProgram) -> ExportedProgram:
+    """Return the program without operators whose form in ONNX, as torch writes it, gives other values where a sample has none."""
+    found = {
+        node.target: _REWRITTEN[str(node.target)] for node in program.graph.nodes if str(node.target) in _REWRITTEN
+    }
+    return program.run_decompositions(found) if found else program
+
+
+def _log_sigmoid(value: torch.Tensor) -> torch.Tensor:
+    """Compute it as torch's kernel does: the logarithm of a sigmoid, as ONNX has it, is -inf below about -88."""
+    return value.clamp(max=0) - torch.log1p(torch.exp(-value.abs()))
+
+
+_REWRITTEN: dict[str, Callable[..., torch.Tensor]] = {"aten.log_sigmoid.default": _log_sigmoid}
 
 
 def list_onnx_versions() -> dict[str, str]:

@@ -7,6 +7,8 @@ import msgspec
 from dist_export.formats.delta_entries import Count
 from dist_export.formats.package_entries import FileEntry
 
+RENAMED, PRUNED = "rename_tables", "prune"
+
 
 class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Where the rows come from."""
@@ -24,10 +26,23 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows_step: int | msgspec.UnsetType | None = msgspec.UNSET
     """The training step of the rows, if it is not ``step``: a dense part alone is over the rows of its base. null if these do not
     say their step. Absent if it is ``step``."""
+    earlier: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of a package: ``prune`` and ``rename_tables``, if it was exported with these settings, or a package before it. Its names or
+    rows are not those of the checkpoint that all goes back to. Absent without any."""
     steps: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
     """Of a trainer's dumps: the steps whose rows were taken, in order."""
     files: tuple[FileEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     """Of a trainer's dumps: the files that were read."""
+
+    @property
+    def was_renamed(self) -> bool:
+        """Whether tables had other names in the checkpoint than in the package that was the source."""
+        return not isinstance(self.earlier, msgspec.UnsetType) and RENAMED in self.earlier
+
+    @property
+    def was_pruned(self) -> bool:
+        """Whether the package that was the source, or one before it, lacks rows of the checkpoint."""
+        return not isinstance(self.earlier, msgspec.UnsetType) and PRUNED in self.earlier
 
     @property
     def dense_step(self) -> int | None:

@@ -45,6 +45,8 @@ class IdLists:
     """The factor of each id, (n,)."""
     is_one: bool = False
     """Whether each example has one id, which is no list."""
+    num_behind: int = 0
+    """Ids behind the end of the last list, which are in none."""
 
     def select(self, chosen: np.ndarray) -> IdLists:
         """Return the lists with those ids alone for which ``chosen`` is true. Their places stay."""
@@ -131,7 +133,13 @@ def compute_feature(feature: FeatureEntry, inputs: Arrays, find_rows: FindRows, 
             f"{where}: {feature.ids.values!r} has {lists.length} columns; the model has no value for fewer than "
             f"{feature.shortest}"
         )
-    if feature.padding_id is not None and feature.padding_id is not msgspec.UNSET:
+    has_padding = feature.padding_id is not None and feature.padding_id is not msgspec.UNSET
+    if lists.num_behind and (has_padding or feature.pooling in ("mean", "max")):
+        raise UserError(
+            f"{where}: {feature.ids.values!r} has {lists.num_behind:,} ids behind its last list; models make several things of "
+            f"such ids where they pool by {feature.pooling}. Leave them out"
+        )
+    if has_padding:
         lists = lists.select(lists.ids != feature.padding_id)
     rows = find_rows(feature.table, feature.slot, transform_ids(lists.ids, feature.transforms))
     if rows.dtype == np.float16:  # models pool what they look up in their own dtype, whatever dtype rows were cast to
@@ -169,7 +177,7 @@ def read_lists(entry: IdsEntry, inputs: Arrays, *, where: str) -> IdLists:
     values = values.astype(np.int64)
     if entry.lengths is msgspec.UNSET and entry.offsets is msgspec.UNSET:
         return _read_padded(entry, inputs, values, where)
-    bounds = _read_bounds(entry, inputs, values, where)
+    bounds, num_behind = _read_bounds(entry, inputs, values, where)
     lengths = np.diff(bounds)
     example_of = np.repeat(np.arange(len(lengths)), lengths)
     place_of = np.arange(bounds[0], bounds[-1]) - np.repeat(bounds[:-1], lengths)
@@ -177,7 +185,8 @@ def read_lists(entry: IdsEntry, inputs: Arrays, *, where: str) -> IdLists:
     weights = None if entry.weights is msgspec.UNSET else take(inputs, entry.weights, where).reshape(-1)[its]
     if weights is not None and len(weights) != len(example_of):
         raise UserError(f"{where}: {entry.weights!r} has not one value for each id of {entry.values!r}")
-    return IdLists(values.reshape(-1)[its], example_of, place_of, len(lengths), None, weights)
+    ids = values.reshape(-1)[its]
+    return IdLists(ids, example_of, place_of, len(lengths), None, weights, num_behind=num_behind)
 
 
 def _read_padded(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str) -> IdLists:
@@ -199,8 +208,8 @@ def _read_padded(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str
     return IdLists(values.reshape(-1), examples, steps, len(values), length, flat, is_one=length is None)
 
 
-def _read_bounds(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str) -> np.ndarray:
-    """Return where each list of the feature begins within the ids, and where the last one ends."""
+def _read_bounds(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str) -> tuple[np.ndarray, int]:
+    """Return where each list of the feature begins and the last one ends, and how many ids are in no list."""
     if entry.lengths is not msgspec.UNSET:
         name = entry.lengths
         lengths = _whole(inputs, name, where)
@@ -213,7 +222,7 @@ def _read_bounds(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str
     num_lists, rest = divmod(len(bounds) - 1, entry.num_keys)
     if rest or not len(bounds) or bounds[0] or bounds[-1] > values.size or np.any(np.diff(bounds) < 0):
         raise UserError(f"{where}: {name!r} does not fit the {values.size:,} ids of {entry.values!r}")
-    return bounds[entry.key * num_lists : (entry.key + 1) * num_lists + 1]
+    return bounds[entry.key * num_lists : (entry.key + 1) * num_lists + 1], int(values.size - bounds[-1])
 
 
 def _whole(inputs: Arrays, name: str, where: str) -> np.ndarray:

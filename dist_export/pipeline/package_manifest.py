@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 
+from dist_export.checkpoint.detect import PACKAGE, RECIS
 from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.package_source import list_earlier
 from dist_export.commit.publish import (
     DenseMeta,
     describe_dense_tensors,
@@ -16,6 +18,7 @@ from dist_export.commit.publish import (
     list_versions,
 )
 from dist_export.config.schema import ExportConfig
+from dist_export.delta.layered_directory import LayeredDirectory
 from dist_export.manifest import (
     DELTA_SCHEMA_VERSION,
     SCHEMA_VERSION,
@@ -62,6 +65,7 @@ def describe_package(
                 uri=located.source_uri or msgspec.UNSET,
                 step=msgspec.UNSET if located.step is None else located.step,
                 rows_step=located.rows_step,
+                earlier=_list_earlier(checkpoint),
             ),
             checkpoint,
         ),
@@ -76,6 +80,17 @@ def describe_package(
         notes=(),
         versions=list_versions(),
     )
+
+
+def _list_earlier(checkpoint: Checkpoint | None) -> tuple[str, ...] | msgspec.UnsetType:
+    if checkpoint is None or checkpoint.format not in (
+        RECIS,
+        PACKAGE,
+    ):  # what lies in the directory is of another trainer
+        return msgspec.UNSET
+    if isinstance(checkpoint.directory, LayeredDirectory):  # compaction takes over the whole entry of the delta
+        return msgspec.UNSET
+    return list_earlier(checkpoint.directory) or msgspec.UNSET
 
 
 def describe_export(export: ExportState) -> Manifest:

@@ -89,6 +89,12 @@ def compare_tables(ranks: Ranks, base: Package, checkpoint: Checkpoint | None) -
     def compare() -> None:
         if manifest.dense is None:
             raise _misfit(base, "it has no dense arch whose inputs and outputs the new one could have")
+        if manifest.source.was_renamed:
+            raise _misfit(
+                base,
+                f"it was exported from the package {manifest.source.path}, some of whose tables had been renamed, so nobody "
+                "knows which tables of the checkpoint they are",
+            )
         if checkpoint is not None and (reason := find_other_table(checkpoint, manifest)):
             raise _misfit(base, reason)
 

@@ -76,6 +76,12 @@ def open_trainer_delta(ranks: Ranks, config: TakenDumps, source: Directory, base
                 f"base {config.base}: rows were pruned when it was exported, and dumps would bring them back; export the base "
                 "without prune"
             )
+        if manifest.source.was_renamed or manifest.source.was_pruned:
+            done = "tables had been renamed" if manifest.source.was_renamed else "rows had been pruned"
+            raise PlanError(
+                f"base {config.base}: it was exported from the package {manifest.source.path}, of which {done}, and dumps have "
+                "the names and rows of the trainer; export the base from the checkpoint"
+            )
         of_base = manifest.source.step_of_rows
         since = of_base if config.since_step is None else config.since_step
         if of_base is not None and since is not None and since < of_base:

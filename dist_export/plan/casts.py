@@ -30,7 +30,7 @@ from dist_export.formats.row_encodings import (
     encode_values,
 )
 from dist_export.plan.selection import Selection
-from dist_export.plan.table_view import refuse_shadowed
+from dist_export.plan.table_view import find_mistake, refuse_shadowed
 
 SOURCE = "source"
 """Leaves a table in its stored dtype, even if a later pattern matches it."""
@@ -76,6 +76,8 @@ def cast_slots(checkpoint: Checkpoint, selection: Selection, dtypes: Sequence[tu
             raise PlanError(
                 f"dtype: the pattern {pattern!r} matches no table of the checkpoint, which has {', '.join(names) or 'none'}"
             )
+        if mistake := find_mistake("dtype", pattern, names):
+            raise mistake
     refuse_shadowed("dtype", dtypes, names)
     kept = []
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):

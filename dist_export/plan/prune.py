@@ -23,7 +23,7 @@ from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.id_list import IdList
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.row_encodings import decode_int8
-from dist_export.plan.table_view import no_match
+from dist_export.plan.table_view import find_mistake
 
 KEPT = 0
 """The code of a row to which no rule applies. Other codes are 1 + the index of the rule among the rules of its table."""
@@ -162,8 +162,8 @@ def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mappin
     for place, rule in enumerate(rules):
         setting = f"prune[{place}]"
         for pattern in rule.tables:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise no_match(f"{setting}.tables", pattern, names)
+            if mistake := find_mistake(f"{setting}.tables", pattern, names):
+                raise mistake
         for number, name in enumerate(names):
             if any(fnmatchcase(name, pattern) for pattern in rule.tables):
                 found[number].append(_apply_to_table(rule, checkpoint, number, place, lists))

@@ -6,6 +6,7 @@ Patterns are shell-style.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from dist_export.errors import PlanError, printable
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, HASH_SIZE
 from dist_export.formats.row_encodings import F32
+from dist_export.humanize import few
 
 ZEROS = "zeros"
 
@@ -136,12 +138,25 @@ def no_match(setting: str, pattern: str, names: Sequence[str]) -> PlanError:
     return PlanError(f"{setting}: the pattern {pattern!r} matches no table; there are {told}")
 
 
+def find_mistake(setting: str, pattern: str, names: Sequence[str]) -> PlanError | None:
+    """Return what is wrong with a pattern of tables: it matches none, or it is the name of one and matches others instead."""
+    matched = [name for name in names if fnmatchcase(name, pattern)]
+    if not matched:
+        return no_match(setting, pattern, names)
+    if pattern in names and pattern not in matched:
+        return PlanError(
+            f"{setting}: {pattern!r} is the name of a table, but as a pattern it matches {few(matched)}, "
+            f"because brackets are a choice of characters. Write {glob.escape(pattern)!r} for the table of this name"
+        )
+    return None
+
+
 def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> list[bool]:
     """Return which names match at least one pattern. Raises PlanError if a pattern matches no name."""
     mistakes = Mistakes()
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            mistakes.add(no_match(setting, pattern, names))
+        if mistake := find_mistake(setting, pattern, names):
+            mistakes.add(mistake)
     mistakes.refuse()
     return [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
 
@@ -166,9 +181,9 @@ def _reasons_to_leave(names: Sequence[str], asked: TableSettings) -> list[str | 
 def _rename(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
     """Return the new name of each table. The first pattern that matches decides."""
     rules = [(pattern, _compile(pattern), template) for pattern, template in rename.items()]
-    for pattern, matcher, _ in rules:
-        if not any(matcher(name) for name in names):
-            raise no_match("rename_tables", pattern, names)
+    for pattern in rename:
+        if mistake := find_mistake("rename_tables", pattern, names):
+            raise mistake
     refuse_shadowed("rename_tables", list(rename.items()), names)
     renamed = []
     taken: dict[str, str] = {}

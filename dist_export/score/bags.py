@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+MISFIT = "the offsets do not cut all ids into bags, one after the other"
+"""What the program says of such a request."""
+
 
 def pool_bags(
     rows_of: Callable[[torch.Tensor], torch.Tensor],
@@ -35,6 +38,7 @@ def pool_bags(
         rows = rows.reshape(num_bags, length, rows.shape[-1])  # no -1: of no bags it could be anything
         return _reduce(rows, counts, per_sample_weights, mode, num_bags=num_bags, bag_of=None)
     assert offsets is not None
+    _refuse_misfits(offsets, ids.shape[0], ends=include_last_offset)
     bounds = offsets if not include_last_offset else offsets[:-1]
     num_bags = bounds.shape[0]
     positions = torch.arange(ids.shape[0], device=ids.device, dtype=bounds.dtype)
@@ -42,6 +46,18 @@ def pool_bags(
     bag_of = torch.searchsorted(bounds.contiguous(), positions, right=True) - 1
     counts = torch.ones_like(ids) if padding_idx is None else (ids != padding_idx).to(ids.dtype)
     return _reduce(rows_of(ids), counts, per_sample_weights, mode, num_bags=num_bags, bag_of=bag_of)
+
+
+def _refuse_misfits(offsets: torch.Tensor, num_ids: int, *, ends: bool) -> None:
+    """Let the program refuse offsets that do not cut the ids into bags, one after the other: torch refuses most of them, too.
+
+    Not all: of ids behind the last of offsets that end all bags (``ends``), torch makes a part of the last bag, or leaves them
+    out, or only counts them, by its mode, dtype, padding and device. What a trainer made of them, no program can know.
+    """
+    # no slices: of no bags and of one, a trace would take their sizes for constants
+    fits = (offsets >= 0) & (offsets <= num_ids) & (offsets == offsets.cummax(0).values)
+    is_sound = fits.all() & (offsets == num_ids).any() if ends else fits.all()
+    torch._assert_async(is_sound, MISFIT)  # noqa: SLF001 -- torch has no public one that a trace keeps
 
 
 def _reduce(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,20 @@ from dist_export.dense.row_lookup import RowFinder
 
 _NUM_IDS = 64
 """So many of a table, at most, spread over its rows; and one more that it lacks."""
+_NUM_BEYOND = 8
+"""So many row numbers right behind the last row of a row-indexed table: modules that hash or cap ids take them."""
+
+OtherIds = Mapping[str, Sequence[int]]
+"""Input -> ids."""
+
+
+class IdTrial(NamedTuple):
+    """Ids to try together."""
+
+    where: str
+    chosen: OtherIds
+    parts: Sequence[OtherIds] = ()
+    """The same ids in smaller lots, if the model refuses them together."""
 
 
 def find_id_inputs(program: ExportedProgram, names: Sequence[str]) -> dict[str, list[str]]:
@@ -59,6 +74,35 @@ def choose_ids(finder: RowFinder, by_input: Mapping[str, Sequence[str]]) -> dict
                 ids.add(int(first_ids.max(initial=0)) + 1 if len(first_ids) else 1)
         chosen[name] = sorted(number for number in ids if abs(number) < 1 << 63)
     return {name: ids for name, ids in chosen.items() if ids}
+
+
+def choose_numbers_beyond(finder: RowFinder, by_input: Mapping[str, Sequence[str]]) -> list[OtherIds]:
+    """Return row numbers that row-indexed tables lack, input by input and table by table. The model may map them to rows."""
+    names = {finder.written_name(name): name for name in finder.exported_names()}
+    found: list[OtherIds] = []
+    for name, tables in by_input.items():
+        numbers = [finder.rows_by_number(names[table]) for table in tables]
+        counts = sorted({rows for rows in numbers if rows is not None})
+        found += [{name: list(range(rows, rows + _NUM_BEYOND))} for rows in counts]
+    return found
+
+
+def list_trials(finder: RowFinder, program: ExportedProgram, inputs: Sequence[str], *, is_alone: bool) -> list[IdTrial]:
+    """Return the ids to try a program with in which lookups are in the place of whole modules. Reads pieces of id columns.
+
+    Args:
+        finder: of the tables.
+        program: the score program.
+        inputs: their names, in call order.
+        is_alone: whether there is one rank. With several, one may refuse a row number while others wait for it.
+    """
+    by_input = find_id_inputs(program, inputs)
+    trials = [IdTrial("with other ids of the tables", choose_ids(finder, by_input))]
+    if is_alone:
+        parts = choose_numbers_beyond(finder, by_input)
+        whole = {name: numbers for part in parts for name, numbers in part.items()}
+        trials.append(IdTrial("with row numbers that the tables lack", whole, parts if len(parts) > 1 else ()))
+    return [trial for trial in trials if trial.chosen]
 
 
 def put_ids(

@@ -19,7 +19,7 @@ from dist_export.model.user_errors import blame, said
 from dist_export.runtime.ranks import Ranks
 from dist_export.score.compare import ModelFailsError, ScoreFigures
 from dist_export.score.inputs import FlatBatch, flatten_batch
-from dist_export.score.other_ids import put_ids
+from dist_export.score.other_ids import IdTrial, put_ids
 from dist_export.score.resize import Resizer
 from dist_export.score.table_weight import NotExportableError
 
@@ -142,7 +142,7 @@ class ScoreParity:
         run_sparse: Callable[[Any], Blocks],
         inputs: _Inputs,
         find_lists: Callable[[], Sequence[_List]],
-        find_ids: Callable[[], Mapping[str, Sequence[int]]],
+        find_ids: Callable[[], Sequence[IdTrial]],
     ) -> str:
         """Compare on the sample cut or repeated to other sizes, with lists of other lengths, and on further batches. All ranks.
 
@@ -172,11 +172,8 @@ class ScoreParity:
         lists = self._ranks.broadcast("look for padded lists", find_lists) if self._is_flat else ()
         if reason := self._compare_lists(lists, compare):
             return reason
-        chosen = self._ranks.broadcast("look for other ids", find_ids) if self._is_flat else {}
-        for turn in range(1 if self.can_resize else _ID_BATCHES) if chosen else ():
-            reason, _ = compare(self._with_ids(chosen, turn), "with other ids of the tables")
-            if reason:
-                return reason
+        if reason := self._compare_ids(find_ids, compare):
+            return reason
         for place, data in enumerate(self._dense.further_batches, start=2):
             reason, is_compared = compare((data, _tensors_of(data)), f"on batch {place}")
             if reason:
@@ -195,6 +192,24 @@ class ScoreParity:
             is_each = not is_compared or where in _LEAST_LENGTHS  # code may look at one of them
             for its in lists if len(lists) > 1 and is_each else ():
                 reason, _ = compare(self._with_lists([its], new_length), f"{where} in {its[0][0]!r}")
+                if reason:
+                    return reason
+        return ""
+
+    def _compare_ids(
+        self, find_ids: Callable[[], Sequence[IdTrial]], compare: Callable[[_Batch, str], tuple[str, bool]]
+    ) -> str:
+        """Compare with other ids; lot by lot if the model refuses them together."""
+        trials = self._ranks.broadcast("look for other ids", find_ids) if self._is_flat else ()
+        for where, chosen, parts in trials:
+            was_compared = False
+            for turn in range(1 if self.can_resize else _ID_BATCHES):
+                reason, is_compared = compare(self._with_ids(chosen, turn), where)
+                if reason:
+                    return reason
+                was_compared |= is_compared
+            for part in () if was_compared else parts:
+                reason, _ = compare(self._with_ids(part, 0), where)
                 if reason:
                     return reason
         return ""

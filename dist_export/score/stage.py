@@ -37,7 +37,7 @@ from dist_export.score.block_program import BlockProgram, trace_blocks
 from dist_export.score.compare import ScoreFigures
 from dist_export.score.folder import describe_scores, pack_scores, write_score_folder
 from dist_export.score.needed_inputs import find_free_lists, is_of_tried_sizes
-from dist_export.score.other_ids import choose_ids, find_id_inputs
+from dist_export.score.other_ids import IdTrial, list_trials
 from dist_export.score.parity import ScoreParity
 from dist_export.score.required import fail, reason_of, refuse
 from dist_export.score.row_modules import FailingModule, Recorder, choose_module, name_modules
@@ -374,12 +374,12 @@ class ScoreStage:
         traced = self._traced
         return find_free_lists(traced.program, list(traced.inputs), traced.sizes, traced.conditions)
 
-    def _other_ids(self) -> dict[str, list[int]]:
+    def _other_ids(self) -> list[IdTrial]:
         """Return ids that the sample lacks, if a module was replaced as a whole: with them it may not be a lookup."""
-        finder = self._dense.finder
-        if self._traced is None or finder is None or finder.is_live or not self._row_modules:
-            return {}
-        return choose_ids(finder, find_id_inputs(self._traced.program, list(self._traced.inputs)))
+        finder, traced = self._dense.finder, self._traced
+        if traced is None or finder is None or finder.is_live or not self._row_modules:
+            return []
+        return list_trials(finder, traced.program, list(traced.inputs), is_alone=self._ranks.world_size == 1)
 
     def _stored_inputs(self) -> dict[str, torch.Tensor]:
         return self._inputs(self._parity.cut(self._num_stored))

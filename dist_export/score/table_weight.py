@@ -6,6 +6,7 @@ It is no tensor, so the program does not hold the table. What it cannot express 
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,12 @@ class TableWeight:
         self._shape = weight.shape
         self._dtype = undo_cast
         self._device = weight.device
+        self._capped_by: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
+        """What the model does to the values of the weight before it looks rows up, which can as well be done to the rows."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in _CAPS:
+            return functools.partial(_cap, name, self)
         raise NotExportableError(f"the sparse arch reads table {self._name!r} by .{name}, not by looking ids up")
 
     shape = property(lambda self: self._shape)
@@ -82,7 +87,17 @@ class TableWeight:
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Look rows up, (..., dim)."""
         rows = look_up(ids, self._argument)
-        return rows if rows.dtype == self._dtype else rows.to(self._dtype)
+        rows = rows if rows.dtype == self._dtype else rows.to(self._dtype)
+        for cap in self._capped_by:
+            rows = cap(rows)
+        return rows
+
+    def capped(self, cap: Callable[[torch.Tensor], torch.Tensor]) -> TableWeight:
+        """Return the weight with ``cap`` done to each of its values."""
+        other = object.__new__(TableWeight)  # a copy by the module copy asks for attributes that are not there
+        other.__dict__.update(self.__dict__)
+        other._capped_by = (*self._capped_by, cap)
+        return other
 
     @classmethod
     def __torch_function__(
@@ -95,6 +110,18 @@ class TableWeight:
             name = getattr(func, "__name__", str(func))
             raise NotExportableError(f"the sparse arch reads table {weight._name!r} by {name}, not by looking ids up")  # noqa: SLF001
         return known(*args, **(kwargs or {}))
+
+
+_CAPS = frozenset({"clamp", "clamp_min", "clamp_max", "clip", "nan_to_num"})
+"""What changes few rows, if any: a module that does it returns the rows of most ids, and passes for a lookup as a whole."""
+
+
+def _cap(name: str, weight: TableWeight, *args: Any, **kwargs: Any) -> TableWeight:
+    if any(isinstance(value, (torch.Tensor, TableWeight)) for value in (*args, *kwargs.values())):
+        raise NotExportableError(
+            f"the sparse arch reads table {weight._name!r} by {name} with a tensor, not by looking ids up"  # noqa: SLF001
+        )
+    return weight.capped(lambda rows: getattr(rows, name)(*args, **kwargs))
 
 
 def _embedding(
@@ -156,4 +183,5 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
     F.embedding_bag: _embedding_bag,
     torch.index_select: TableWeight.index_select,
     torch.Tensor.detach: TableWeight.detach,
+    **{getattr(torch, name): functools.partial(_cap, name) for name in _CAPS},
 }

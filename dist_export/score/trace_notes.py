@@ -41,7 +41,9 @@ def list_trace_notes(entry: ScoreEntry, constants: Mapping[str, Any], row_module
     if named := ", ".join(row_modules):
         notes.append(
             f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code "
-            "cannot be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
+            "cannot be exported, and for the sample they gave exactly the rows of their ids. Row numbers "
+            "below 0 were not tried, nor on several ranks those that a table lacks: the program gives them default rows. "
+            "lookup_modules chooses others"
         )
     return notes
 

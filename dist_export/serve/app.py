@@ -86,7 +86,7 @@ def build_app(watcher: Watcher, *, workers: int | None = None, most_bytes: int =
             body = await _read_body(request, most_bytes)
             loop = asyncio.get_running_loop()
             length = request.headers.get(HEADER_LENGTH)
-            response = await loop.run_in_executor(pool, _answer, watcher, served, model, body, length)
+            response = await loop.run_in_executor(pool, _answer, watcher, served, model, body, length, version)
             code = response.status_code
         except HTTPException as error:
             code = error.status_code
@@ -185,8 +185,10 @@ async def _read_body(request: Request, most_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
-def _answer(watcher: Watcher, served: Served, model: Model, body: bytes, header_length: str | None) -> Response:
-    """Run one request with one package. In a thread of the pool."""
+def _answer(
+    watcher: Watcher, served: Served, model: Model, body: bytes, header_length: str | None, version: str | None
+) -> Response:
+    """Run one request with one package. In a thread of the pool. ``version``: the one that the request asks for, if it does."""
     try:
         request, inputs = decode_request(body, header_length)
         try:
@@ -195,6 +197,8 @@ def _answer(watcher: Watcher, served: Served, model: Model, body: bytes, header_
             watcher.check_now()
             if watcher.current is served or model.name not in watcher.current.models:
                 raise
+            if version is not None:  # another one is no answer
+                _find(watcher, model.name, version)
             served = watcher.current
             outputs = served.models[model.name].infer(inputs)
         content, length = encode_response(request, outputs, model=model.name, version=served.version)

@@ -126,6 +126,11 @@ class LookupModel:
             if name not in known:
                 raise UserError(f"model lookup has no input {name!r}; it takes ids by table: {', '.join(known)}")
             _check_tensor(self.name, known[name], ids)
+            if name.endswith(FOUND) and name.removesuffix(FOUND) in inputs:
+                raise UserError(
+                    f"output {name!r} would be the rows of a table, and also which ids of {name.removesuffix(FOUND)!r} have "
+                    "one; ask for the two tables in two requests"
+                )
             if ids.size * self._tables[name][1] * 4 > _MAX_ROW_BYTES:
                 raise UserError(
                     f"input {name!r} has {ids.size:,} ids, whose rows have more than {_MAX_ROW_BYTES:,} bytes"

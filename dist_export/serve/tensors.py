@@ -143,6 +143,13 @@ def _from_json(tensor: InputTensor) -> np.ndarray:
         raise UserError(f"input {tensor.name!r}: its data is no rectangle of numbers") from None
     if raw.size != count:
         raise UserError(f"input {tensor.name!r} has {raw.size:,} values, and its shape {tensor.shape} has {count:,}")
+    nesting = [size for size in raw.shape if size != 1]
+    if len(nesting) > 1 and nesting != [
+        size for size in tensor.shape if size != 1
+    ]:  # else its values would get into other rows
+        raise UserError(
+            f"input {tensor.name!r}: its data is nested as {list(raw.shape)}, and its shape is {tensor.shape}"
+        )
     if raw.size and raw.dtype.kind not in _JSON_KINDS[dtype.kind]:
         raise UserError(f"input {tensor.name!r}: its data are no values of {tensor.datatype}")
     with np.errstate(over="ignore"):  # what does not fit is refused below
@@ -161,6 +168,8 @@ def _from_bytes(tensor: InputTensor, data: bytes) -> np.ndarray:
             f"input {tensor.name!r} has {len(data):,} bytes, and {tensor.datatype} of the shape {tensor.shape} has "
             f"{count * dtype.itemsize:,}"
         )
+    if tensor.datatype == "BOOL" and data.strip(b"\0\1"):  # sums of such bytes count more than one
+        raise UserError(f"input {tensor.name!r} has a byte that is neither 0 nor 1, and BOOL has no other")
     values = np.frombuffer(data, dtype).reshape(tensor.shape)
     return widen_bfloat16(values) if tensor.datatype == _BF16 else values
 

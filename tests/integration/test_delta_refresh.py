@@ -143,6 +143,20 @@ def test_names_and_default_rows_are_those_of_the_base(checkpoints, tmp_path: Pat
     assert verify(str(tmp_path / "delta")).findings == []
 
 
+def test_names_that_are_those_of_another_package_are_refused(checkpoints, tmp_path: Path) -> None:
+    """Two tables that changed names would be looked up for each other, and nothing else would tell."""
+    before, after = checkpoints
+    user, clicks = "sparse_arch.user.weight", "sparse_arch.clicks.weight"
+    export(before, tmp_path / "first", rename_tables={user: clicks, clicks: user})
+    refresh(after, tmp_path / "of-first", tmp_path / "first", serving="off")
+    for number, last in enumerate(("first", "second")):
+        out = tmp_path / ("second", "third")[number]
+        exports.export({"ckpt_dir": str(tmp_path / last), "export_dir": str(out), "num_shards": 2})
+        assert manifest_of(out)["source"]["earlier"] == ["rename_tables"]
+        with pytest.raises(PlanError, match="some of whose tables had been renamed, so nobody knows which tables"):
+            refresh(after, tmp_path / "delta", out, serving="off")
+
+
 class Other(models.ThreeTables):
     """Gives its blocks otherwise than the model of the base."""
 

@@ -110,6 +110,15 @@ def test_a_further_free_dimension_keeps_its_name() -> None:
     assert [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", "length", ""]
 
 
+def test_the_logarithm_of_a_sigmoid_is_finite_where_the_sigmoid_is_zero() -> None:
+    """No sample has such logits, and served scores of minus infinity are those of no model."""
+    traced = trace(lambda _, x: torch.nn.functional.logsigmoid(x["a"]), {"a": torch.rand(5, 3)})
+    content, _ = onnx_format.make_onnx(traced, ["out"], {})
+    logits = torch.tensor([[-1e4, -1e3, -100.0], [-88.0, -5.0, 0.0], [1e-3, 5.0, 1e4]])
+    (found,) = onnx_model.OnnxProgram(content, ["out"], where="here")(a=logits)
+    torch.testing.assert_close(found, torch.nn.functional.logsigmoid(logits))
+
+
 def swapped(net, x):
     return {"relu": x["Seq"] + 1, "mul": torch.relu(x["seq"]) * net.linear.weight[0], "add": x["Seq"]}
 

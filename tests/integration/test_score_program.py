@@ -19,6 +19,7 @@ import dist_export
 from dist_export.api import Exporter
 from dist_export.errors import ConfigError, ModelError, PackageError, ParityError, UserError
 from dist_export.package.score import PackageRows
+from dist_export.score.bags import MISFIT
 from dist_export.verify.verify import verify
 from tests.support import score_models as models
 
@@ -113,6 +114,12 @@ def test_every_way_to_look_rows_up_gives_the_models_scores(tmp_path: Path) -> No
         assert_close(package.score(batch)["ctr"], scores(trained, batch))
     shapes = {tensor.name: tensor.shape for tensor in package.manifest.score.inputs}
     assert shapes["tags_bounds"] == ("batch + 1",)
+    whole = models.batch_of(4, seed=4)
+    for name, shift in (("tags_bounds", 1), ("tags_bounds", -1), ("tags_offsets", 100)):
+        batch = {**whole, name: whole[name].clone()}
+        batch[name][-1] += shift
+        with pytest.raises(UserError, match=MISFIT):
+            package.score(batch)
 
 
 def test_a_batch_without_ids_and_with_one_is_scored(plain) -> None:

@@ -143,6 +143,76 @@ def test_a_module_that_is_a_lookup_for_the_samples_ids_alone_is_none(tmp_path: P
     assert any("with other ids of the tables" in note for note in package.manifest.notes)
 
 
+class Hashed(Listed):
+    """Ids share rows by their remainder. torch cannot export this."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids % models.ROWS)
+
+
+class TwoIds(nn.Module):
+    """A module of hashed ids beside one that refuses row numbers that its table lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = Hashed()
+        self.item = Listed()
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"block": self.user(batch["user"]) + self.item(batch["item"]), "price": batch["price"]}
+
+
+@pytest.mark.parametrize("kind", [Hashed, TwoIds])
+def test_a_module_that_hashes_ids_of_which_the_sample_has_none_beyond_the_rows_is_none(
+    tmp_path: Path, kind: type[nn.Module]
+) -> None:
+    """The model has a row for each id, and lookups have none for those beyond the rows."""
+    sample = models.batch_of() | {"user": torch.arange(6), "item": torch.arange(6)}
+    build = (lambda: untraceable(Hashed)) if kind is Hashed else lambda: models.Model(TwoIds(), models.DIM + 1)
+    checkpoint = Path(models.save(models.train(build()), tmp_path / "model.pth"))
+    with pytest.raises(ModelError, match="with row numbers that the tables lack"):
+        export(tmp_path, build(), [sample], checkpoint, score_program="require")
+
+
+class CappedRows(nn.Module):
+    """A table whose values are capped before rows are looked up, which changes few rows, and none of the sample's."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1000, models.DIM))
+        self.how = how
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.how == "clamp":
+            return nn.functional.embedding(ids, self.weight.clamp(-6, 6))
+        if self.how == "torch":
+            return torch.clip(torch.nan_to_num(self.weight), max=6)[ids]
+        bags = nn.functional.embedding_bag(ids.unsqueeze(1), self.weight.clamp_max(6), mode="sum")
+        return torch.clamp_min(bags, -100)
+
+
+@pytest.mark.parametrize("how", ["clamp", "torch", "bags"])
+def test_a_table_whose_values_are_capped(tmp_path: Path, how: str) -> None:
+    """The few rows beyond the cap are not among the ids that an export can try."""
+    build = lambda: models.Model(
+        models.Lookups(CappedRows(how), lambda its, batch: its.table(batch["user"])), models.DIM + 1
+    )
+    trained = models.train(build())
+    with torch.no_grad():
+        trained.sparse_arch.table.weight[501] = torch.tensor([7.0, -5.0, 2.0, 50.0])
+        trained.dense_arch.mlp[0].weight *= 0.1
+    checkpoint = Path(models.save(trained, tmp_path / "model.pth"))
+    settings = {"treat_as_tables": ["sparse_arch.table.weight"]}
+    package = export(tmp_path, build(), [models.batch_of()], checkpoint, **settings)
+    assert package.manifest.score.row_modules == {}
+    batch = models.batch_of(3) | {"user": torch.tensor([501, 3, 999])}
+    with torch.no_grad():
+        scores = trained(batch)["ctr"].numpy()
+        trained.sparse_arch.table.weight[501] = 0
+        assert abs(scores - trained(batch)["ctr"].numpy()).max() > 1e-3
+    np.testing.assert_allclose(package.score(batch)["ctr"], scores, rtol=1e-5, atol=1e-6)
+
+
 class Capped(nn.Module):
     """Ids from 20 on share a row. torch can export this."""
 

@@ -158,3 +158,34 @@ def test_a_copy_takes_no_settings_of_the_filter(everything, tmp_path, settings):
     with pytest.raises(ConfigError, match="filter_sparse_opt: true"):
         copy(everything, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"drop_tables": ["user[0]"]},
+        {"select_tables": ["user[0]"]},
+        {"rename_tables": {"user[0]": "people"}},
+        {"default_row": {"user[0]": "zeros"}},
+        {"dtype": {"user[0]": "float16"}},
+        {"prune": [{"tables": "user[0]", "norm_at_most": 0}]},
+        {"to_hash_tables": ["user[0]"]},
+    ],
+    ids=str,
+)
+def test_the_name_of_a_table_that_as_a_pattern_means_another_is_an_error(tmp_path, settings):
+    """Else the other table would be dropped, renamed, cast or pruned, and nothing would tell."""
+    write_checkpoint(tmp_path / "in", make_tables({"user[0]": 9, "user0": 9, "item": 9}, 1))
+    with pytest.raises(
+        PlanError,
+        match=r"'user\[0\]' is the name of a table, but as a pattern it matches user0, .* Write 'user\[\[\]0\]'",
+    ):
+        export(tmp_path / "in", tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_name_of_a_table_with_brackets_in_brackets_is_that_table(tmp_path):
+    tables = make_tables({"user[0]": 9, "user0": 9}, 1)
+    write_checkpoint(tmp_path / "in", tables)
+    export(tmp_path / "in", tmp_path / "out", select_tables=["user[[]0]"], num_shards=1)
+    assert set(read_back(tmp_path / "out")) == {"user[0]"}

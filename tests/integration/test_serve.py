@@ -21,7 +21,7 @@ import torch
 from tritonclient import http as triton
 
 import dist_export
-from dist_export.errors import PackageError
+from dist_export.errors import PackageError, UserError
 from dist_export.serve.run import listen
 from dist_export.serve.served import Watcher
 from dist_export.workdir import swap
@@ -288,6 +288,43 @@ def test_a_swap_under_load_gives_answers_of_one_package_or_the_other(packages: l
             thread.join()
     assert wrong == []
     assert min(counts) > 0
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_request_for_a_version_gets_no_answer_of_another(
+    packages: list[Path], tmp_path: Path, monkeypatch, asks: bool
+) -> None:
+    """Also where files of the version are gone in the middle of the request. Any other request gets the new package."""
+    watcher = Watcher(str(shutil.copytree(packages[0], tmp_path / "live")), poll_secs=1000)
+    with running(watcher) as address:
+        before = watcher.current
+        put(packages[1], tmp_path / "live")
+
+        def is_gone(_: Any) -> Any:
+            raise PackageError("it was replaced")
+
+        monkeypatch.setattr(before.models["score"], "infer", is_gone)
+        path = f"/v2/models/score/versions/{before.version}/infer" if asks else "/v2/models/score/infer"
+        code, found = post(address, path, tensors(inputs_of(packages[0])))
+    now = dist_export.open_package(packages[1]).manifest.digest.rpartition(":")[2][:16]
+    if asks:
+        assert (code, found) == (404, {"error": f"model 'score' has no version '{before.version}'; {now} is served"})
+    else:
+        assert (code, found["model_version"]) == (200, now)
+
+
+def test_two_tables_of_which_one_is_called_as_what_is_found_of_the_other(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(5, 2), "a.found": torch.full((5, 2), 7.0)}, tmp_path / "tables.pth")
+    dist_export.export(
+        {"ckpt_dir": str(tmp_path / "tables.pth"), "export_dir": str(tmp_path / "out"), "treat_as_tables": ["*"]}
+    )
+    model = Watcher(str(tmp_path / "out")).current.models["lookup"]
+    ids = np.array([1, 9])
+    assert model.infer({"a": ids})["a.found"].tolist() == [True, False]
+    assert model.infer({"a.found": ids})["a.found"].tolist() == [[7.0, 7.0], [0.0, 0.0]]
+    for names in (("a", "a.found"), ("a.found", "a")):
+        with pytest.raises(UserError, match="in two requests"):
+            model.infer(dict.fromkeys(names, ids))
 
 
 def test_a_damaged_new_package_is_refused_and_the_old_one_is_served_on(packages: list[Path], tmp_path: Path) -> None:

@@ -297,6 +297,20 @@ def test_a_pruned_base(tmp_path: Path) -> None:
         export_dump(tmp_path / "dumps", tmp_path / "delta", base)
 
 
+@pytest.mark.parametrize("done", ["renamed", "pruned"])
+def test_a_base_of_another_package_with_other_names_or_rows(tmp_path: Path, done: str) -> None:
+    state = hashed_state()
+    np.save(tmp_path / "deny.npy", state["item"][0][:3])
+    settings: dict[str, Any] = {"rename_tables": {"item": "user", "user": "item"}}
+    if done == "pruned":
+        settings = {"prune": [{"tables": "item", "deny": str(tmp_path / "deny.npy")}]}
+    first = export(save_hashed(tmp_path / "before", state), tmp_path / "first", **settings)
+    base = export(first, tmp_path / "base", num_shards=2)
+    write_dump(tmp_path / "dumps", 110, named(train(state, 3)[1]))
+    with pytest.raises(PlanError, match=rf"exported from the package {first}, of which .* had been {done}"):
+        export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+
+
 def test_tables_that_the_base_has_left_out(tmp_path: Path) -> None:
     state = hashed_state()
     after, looked_up = train(state, 3)

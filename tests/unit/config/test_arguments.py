@@ -71,6 +71,11 @@ def test_a_form_of_an_option(arguments: list[str], name: str, expected: Any) -> 
         (["--dynamic_dims.clicks.one", "n"], "dynamic_dims is {'clicks': {'one': 'n'}}; expected a mapping"),
         (["--model_args.a", "1", "--model_args.a.b", "2"], "model_args.a.b lies below a value"),
         (["--model_args.a", "["], "model_args.a is no YAML"),
+        (
+            ["--model_args.a", "010"],
+            "model_args.a is no YAML: YAML takes a number with a zero at its beginning for one to base 8",
+        ),
+        (["--step", "0100"], "step is '0100'; expected a whole number"),
         (["--model_args", "{1: 2}"], "model_args has keys that are no text"),
         (["--storage_options", "{1: hunter2}"], "storage_options has keys that are no text"),
         (["--storage_options.a", "[hunter2"], "storage_options.a is no YAML"),

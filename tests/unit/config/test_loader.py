@@ -133,6 +133,10 @@ def test_wrong_arguments_give_one_line(arguments, message) -> None:
     ("text", "message"),
     [
         ("ckpt_dir: [", "is no YAML in line"),
+        ("step: 00012000", "in line 1: YAML takes a number with a zero at its beginning for one to base 8"),
+        ('prune: [{tables: "*", slot: s, below: 010}]', "for one to base 8"),
+        ("default_row: {a: [1:30]}", "YAML takes a number with a colon for one to base 60"),
+        ("atol: 1:30.5", "for one to base 60"),
         ("- a\n- b", "found a list"),
         ("ckpt_dirr: a", "did you mean ckpt_dir"),
         ("", "is empty"),

@@ -85,6 +85,18 @@ def test_lists_of_different_lengths_are_told_by_lengths_or_offsets(entry: IdsEnt
     assert first_column(feature(weighted, "sum"), x=[1, 2, 3], b=bounds, w=[0.5, 2.0, 1.0]) == [4.5, 0, 3]
 
 
+@pytest.mark.parametrize("entry", [IdsEntry(values="x", lengths="b"), IdsEntry(values="x", offsets="b", has_end=True)])
+@pytest.mark.parametrize("pooling", ["sum", "mean", "max"])
+def test_ids_behind_the_last_list_are_refused_where_models_differ_on_them(entry: IdsEntry, pooling: str) -> None:
+    """On a CPU, torch's mean counts them, and its maximum, or a sum that leaves padding out, takes them into the last bag."""
+    inputs = {"x": [1, 2, 3, 9], "b": [2, 1] if isinstance(entry.lengths, str) else [0, 2, 3]}
+    if pooling == "sum":
+        assert first_column(feature(entry, pooling), **inputs) == [3, 3]
+    for padding_id in (0,) if pooling == "sum" else (None, 0):
+        with pytest.raises(UserError, match="'x' has 1 ids behind its last list"):
+            first_column(feature(entry, pooling, padding_id=padding_id), **inputs)
+
+
 def test_a_key_of_several_has_its_own_run_of_lists() -> None:
     inputs = {"x": [1, 2, 3, 4, 5], "b": [1, 2, 0, 2]}
     for key, expected in enumerate(([1, 5], [0, 9])):

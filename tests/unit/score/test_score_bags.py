@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_export.score.bags import pool_bags
+from dist_export.score.bags import MISFIT, pool_bags
 from dist_export.score.decompositions import _KNOWN
 
 WEIGHT = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
@@ -29,6 +29,20 @@ def test_bags_with_offsets_with_empty_ones_at_all_positions(mode: str, padding_i
         bounds = torch.tensor(offsets)
         found, expected = pool(ids, bounds, mode=mode, padding_idx=padding_idx, include_last_offset=True)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize(
+    ("offsets", "include_last_offset"),
+    [([0, 4, 3], False), ([0, 8], False), ([0, -1], False), ([0, 2, 3], True), ([0, 9], True), ([0, 5, 4, 7], True)],
+)
+def test_offsets_that_do_not_cut_the_ids_into_bags_are_refused(
+    mode: str, offsets: list[int], include_last_offset: bool
+) -> None:
+    """Of ids behind the last bag, torch makes different things by mode, dtype, padding and device."""
+    for ids in (torch.arange(7), torch.arange(7)[:0]):
+        with pytest.raises(RuntimeError, match=MISFIT):
+            pool(ids, torch.tensor(offsets), mode=mode, include_last_offset=include_last_offset)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

@@ -41,6 +41,12 @@ def test_values_in_json(datatype: str, data: list[Any], dtype: Any) -> None:
     assert found["x"].ravel().tolist() == np.array(data).ravel().tolist()
 
 
+@pytest.mark.parametrize("data", [[1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]])
+def test_values_are_flat_or_nested_as_the_shape_says(data: list[Any]) -> None:
+    _, found = decode_request(*body(tensor("INT64", [2, 3], data)))
+    assert found["x"].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
 def test_no_values_at_all() -> None:
     _, found = decode_request(*body(tensor("INT64", [0, 4], [])))
     assert found["x"].shape == (0, 4)
@@ -79,6 +85,9 @@ def test_bfloat16_is_widened() -> None:
         (body(tensor("UINT8", [1], [256])), "a value that UINT8 cannot hold"),
         (body(tensor("INT64", [1], [1 << 63])), "cannot hold"),
         (body(tensor("INT64", [3], [[1], [2, 3]])), "no rectangle"),
+        (body(tensor("INT64", [2, 3], [[1, 2], [3, 4], [5, 6]])), r"nested as \[3, 2\], and its shape is \[2, 3\]"),
+        (body(tensor("FP32", [4], [[1.0, 2.0], [3.0, 4.0]])), r"nested as \[2, 2\], and its shape is \[4\]"),
+        (body(tensor("BOOL", [2], size=2), binary=b"\1\2"), "a byte that is neither 0 nor 1"),
         (body(tensor("BYTES", [1], ["a"])), "datatype 'BYTES'; known are BOOL"),
         (body(tensor("INT64", [1], [1]), tensor("INT64", [1], [1])), "'x' is given twice"),
         (body(tensor("INT64", [2], size=8), binary=bytes(8)), r"has 8 bytes, and INT64 of the shape \[2\] has 16"),
