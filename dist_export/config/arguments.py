@@ -42,7 +42,8 @@ def read_arguments(
         adds, name = first.endswith("+"), first.removesuffix("+").replace("-", "_")
         if name not in options:
             command = kind.removeprefix("option of ") if kind.startswith("option of ") else "dist_export"
-            raise ConfigError(f"--{name} is no {kind}{say_nearest(name, options, command)}")
+            names = options if command != "dist_export" else [*options, "config"]  # that one was taken out before
+            raise ConfigError(f"--{name} is no {kind}{say_nearest(name, names, command)}")
         known = options[name]
         if known.is_flag:
             result[name] = read_text(name, text, bool) if equals else True

@@ -51,7 +51,8 @@ class Feed:
         if not isinstance(ids, torch.Tensor):
             raise ModelError(
                 f"{self._kind} was called with {type(ids).__name__} in the place of its ids; the export feeds tables that "
-                "look up a tensor of ids"
+                "look up a tensor of ids. If this module is the sparse arch itself, sparse_model_name is to name the one around "
+                "it, which gets the batch"
             )
         return ids
 

@@ -165,7 +165,7 @@ def _take_in(digester: Digester, value: Any) -> None:
             _take_in(digester, function)
         return
     plain = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if isinstance(plain, types.FunctionType) and not plain.__module__.startswith("torch."):
+    if isinstance(plain, types.FunctionType) and not str(plain.__module__).startswith("torch."):
         digester.add_values_of(plain)
     else:
         digester.add(plain)

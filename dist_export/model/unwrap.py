@@ -162,7 +162,9 @@ def find_arch(model: Any, name: str, setting: str) -> nn.Module:
         if not isinstance(child, nn.Module):
             children = ", ".join(child_name for child_name, _ in module.named_children()) or "none"
             raise ModelError(
-                f"{setting} is {name!r}, but {type(module).__name__} has no module {element!r} (it has {children})"
+                f"{setting} is {name!r}, but {type(module).__name__} has no module {element!r} (it has {children}). The module "
+                "that looks ids up is sparse_model_name, and dense_model_name is the one that gets what it returns; give the "
+                "model these two parts, with the names that the checkpoint has"
             )
         module = child
     return module

@@ -11,6 +11,7 @@ import xxhash
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.config.source_needs import WatchedRun
 from dist_export.errors import CheckpointError, ConfigError, DistExportError, UnaskedError
+from dist_export.humanize import few
 from dist_export.manifest import MANIFEST, decode_manifest
 from dist_export.pipeline.locate import options_for_registries
 from dist_export.pipeline.run_dir import LIST, find_checkpoint, is_checkpoint, list_children, read_list
@@ -88,7 +89,9 @@ class Lookout:
                     None,
                     (f"there is no {directory.url} yet; it is waited for. If it is mistyped, stop and mend ckpt_dir",),
                 )
-            return _Found(None, (f"{directory.url} has no checkpoint yet; it is waited for",))
+            others = few(sorted(directory.folders()))
+            apart = f" ({others} has no name such as ckpt_100 or 100, by which its step is known)" if others else ""
+            return _Found(None, (f"{directory.url} has no checkpoint yet{apart}; it is waited for",))
         listed = read_list(directory)
         published = set() if current is None else {switch.step for switch in current.switches}
         recent = []

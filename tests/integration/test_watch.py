@@ -442,10 +442,13 @@ def test_a_run_that_is_not_there_is_said_to_be_waited_for(
 
     def begin() -> None:
         assert f"there is no {run} yet; it is waited for. If it is mistyped" in caplog.text
-        run.mkdir()
+        (run / "day1").mkdir(parents=True)
 
     def save_first() -> None:
-        assert "has no checkpoint yet; it is waited for" in caplog.text
+        assert (
+            "has no checkpoint yet (day1 has no name such as ckpt_100 or 100, by which its step is known)"
+            in caplog.text
+        )
         save(run, 1)
 
     with caplog.at_level("INFO"):

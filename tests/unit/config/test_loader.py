@@ -118,6 +118,7 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     [
         (["--num_shard", "2"], "--num_shard is no setting; did you mean num_shards?"),
         (["--ckpt", "x"], "--ckpt is no setting"),
+        (["--confg", "x"], "--confg is no setting; did you mean config?"),
         (["stray"], "stray"),
         (["--config", "/nowhere/export.yaml"], "/nowhere/export.yaml: No such file"),
     ],
