@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -220,7 +221,7 @@ def _open_recis(directory: Directory, settings: TensorSettings) -> CheckpointRea
     if directory.exists(INDEX):  # else it is none, which the reader tells
         _refuse_settings(directory, settings, RECIS)
     package = find_package(directory)
-    reader = RecisReader(directory, more_warnings=note_lost_manifest(directory))
+    reader = RecisReader(directory, warn=functools.partial(note_lost_manifest, directory))
     return reader if package is None else PackageSource(directory, package, reader)
 
 

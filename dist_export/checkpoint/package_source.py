@@ -91,15 +91,14 @@ def find_manifest(directory: Directory) -> Manifest | None:
     return manifest if manifest.tables else None
 
 
-def note_lost_manifest(directory: Directory) -> list[str]:
+def note_lost_manifest(directory: Directory, names: set[str]) -> list[str]:
     """Return a note on what may be a package that has lost its manifest: nothing tells whether it is a delta.
 
-    A checkpoint in which an export did not finish is none.
+    A checkpoint in which an export did not finish is none. ``names``: of all its files.
 
     Raises:
         CheckpointError: files lie there that only a delta has, whose rows alone are not the model.
     """
-    names = set(directory.names())
     signs = list_side_files(names)
     if MANIFEST in names or not signs:
         return []

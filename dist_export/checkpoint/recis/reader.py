@@ -69,16 +69,21 @@ class RecisReader:
     """Reads one RecIS checkpoint directory. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
     def __init__(
-        self, directory: Directory, *, more_warnings: Sequence[str] = (), json_bytes: int = STANDARD.json_bytes
+        self,
+        directory: Directory,
+        *,
+        warn: Callable[[set[str]], Sequence[str]] | None = None,
+        json_bytes: int = STANDARD.json_bytes,
     ) -> None:
         """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing.
 
-        ``more_warnings``: those that the checkpoint gets besides its own. ``json_bytes``: the size of the pieces in which the
+        ``warn``: returns further warnings, given the names of all files. ``json_bytes``: the size of the pieces in which the
         indexes are decoded.
         """
         self.directory = directory
         self._json_bytes = json_bytes
         names = list_finished(directory)
+        more_warnings = () if warn is None else warn(names)
         self._raw = {name: self._read(name) for name in (INDEX, TENSORKEY)}
         raws = self._raw[INDEX], self._raw[TENSORKEY]
         self._index = decode_indexes(*raws, where=directory.url.rstrip("/"), piece_bytes=json_bytes)
