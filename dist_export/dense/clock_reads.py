@@ -48,7 +48,7 @@ def note_clock(model: nn.Module) -> list[str]:
             kept.append(function)
             for what in _read(function, owner):
                 if isinstance(what, str):
-                    found[f"{_name_of(function, owner)} reads {what}"] = None
+                    found[f"{_name_of(function, owner, module)} reads {what}"] = None
                 else:
                     stack.append(what)
     if not found:
@@ -60,9 +60,10 @@ def note_clock(model: nn.Module) -> list[str]:
     return [told]
 
 
-def _name_of(function: types.FunctionType, owner: Any) -> str:
-    is_method = owner is not None and "." in function.__qualname__
-    return f"{type(owner).__name__}.{function.__name__}" if is_method else function.__name__
+def _name_of(function: types.FunctionType, owner: Any, module: nn.Module) -> str:
+    if owner is not None and "." in function.__qualname__:
+        return f"{type(owner).__name__}.{function.__name__}"
+    return f"{function.__name__}, which {type(module).__name__} uses,"
 
 
 def _top_of(value: Any) -> str:

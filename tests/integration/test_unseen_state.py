@@ -242,7 +242,7 @@ class Quiet(nn.Module):
     [
         (Now, ["Now.forward reads datetime.now()"]),
         (Today, ["Today.forward reads date.today()"]),
-        (Named, ["age_of reads time.time()"]),
+        (Named, ["age_of, which Named uses, reads time.time()"]),
         (Method, ["Method.now reads time.monotonic()"]),
         (Held, ["Held.forward reads time.time_ns()", "Hours.hour reads time.localtime()"]),
         (Imports, ["Imports.forward reads time.time()", "Imports.forward reads datetime.utcnow()"]),
