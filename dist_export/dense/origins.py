@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,10 +116,13 @@ def hidden_parameters(root: nn.Module, path: str, *, with_classes: bool = False)
                     yield from _search(value, f"{place}.{attribute}", modules, is_hidden, seen, 0)
 
 
-def hidden_values(root: nn.Module, path: str, registered: Iterable[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def hidden_values(
+    root: nn.Module, path: str, registered: Iterable[torch.Tensor], *, skip: Collection[int] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (path, tensor) of the floats that modules of the caller's classes keep as they are: neither parameters nor buffers.
 
-    ``registered`` tensors and their views do not count. Modules of torch's classes keep what they compute anew.
+    ``registered`` tensors and their views do not count, nor do modules whose ids are in ``skip``. Modules of torch's classes
+    keep what they compute anew.
     """
     known = {address_of(tensor) for tensor in registered}
 
@@ -127,10 +130,10 @@ def hidden_values(root: nn.Module, path: str, registered: Iterable[torch.Tensor]
         is_number = tensor.is_floating_point() or tensor.is_complex()
         return is_number and not isinstance(tensor, nn.Parameter) and address_of(tensor) not in known
 
-    modules = {id(module) for module in root.modules()}
+    modules = {*(id(module) for module in root.modules()), *skip}
     seen: set[int] = set()
     for name, module in root.named_modules():
-        if not type(module).__module__.startswith("torch."):
+        if not type(module).__module__.startswith("torch.") and id(module) not in skip:
             place = ".".join(part for part in (path, name) if part)
             yield from _search_attributes(module, place, modules, is_hidden, seen)
 

@@ -67,7 +67,7 @@ def list_sparse_values(
     plain = {_plain_key(name) for name in given}
     begin = begin if any(name.startswith(begin) for name in plain) else ""
     skip = _list_registered(model)
-    modules = _list_sparse_modules(model, sparse_arch, dense_model_name)
+    modules = list_sparse_modules(model, sparse_arch, dense_model_name)
     names = set(_list_unsaved_of(modules, skip))
     for path, module in modules:
         held, buffers, passing = module._parameters, module._buffers, module._non_persistent_buffers_set  # noqa: SLF001
@@ -82,13 +82,11 @@ def digest_sparse_values(
     model: nn.Module, sparse_arch: nn.Module, names: Collection[str], *, dense_model_name: str
 ) -> str | None:
     """Return a digest of the values of these names, as :func:`list_sparse_values` gives them; None where one cannot be read."""
-    modules = _list_sparse_modules(model, sparse_arch, dense_model_name)
+    modules = list_sparse_modules(model, sparse_arch, dense_model_name)
     return _digest(modules, names, skip=_list_registered(model))
 
 
-def _list_sparse_modules(
-    model: nn.Module, sparse_arch: nn.Module, dense_model_name: str
-) -> list[tuple[str, nn.Module]]:
+def list_sparse_modules(model: nn.Module, sparse_arch: nn.Module, dense_model_name: str) -> list[tuple[str, nn.Module]]:
     """Return path and module of what is in the sparse arch, but for the dense arch and what is in modules that keep tables."""
     dense = {id(child) for child in find_arch(model, dense_model_name, "dense_model_name").modules()}
     found: list[tuple[str, nn.Module]] = []

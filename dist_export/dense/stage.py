@@ -19,11 +19,13 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import Comparisons, DenseSettings
 from dist_export.dense.blocks import Blocks, read_blocks
+from dist_export.dense.clock_reads import note_clock
 from dist_export.dense.comparison import Comparison
 from dist_export.dense.copied_arch import clear_gradients, find_arches, load_copy, note_unregistered
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.fg import Features
 from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.made_at_call import BeforeCall
 from dist_export.dense.model_head import ModelHead
 from dist_export.dense.modes import refuse_merging
 from dist_export.dense.named_causes import naming_causes
@@ -48,6 +50,7 @@ from dist_export.dense.sample_run import SampleRun
 from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.sparse_values import SparseValues
 from dist_export.dense.trace import trace_dense
+from dist_export.dense.unsaved_values import note_unsaved
 from dist_export.dense.used_inputs import as_loaded
 from dist_export.dense.written_scores import WrittenScores
 from dist_export.formats.row_encodings import RowCast
@@ -111,6 +114,8 @@ class DenseStage:
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied, checkpoint)))
         if self._parameters is not None:
             notes += note_unregistered(self._objects.model, dense_arch, self._config.dense_model_name)
+            notes += note_unsaved(self._objects.model, self._config)
+        notes += note_clock(self._objects.model)
         if checkpoint is not None:  # its modes may compute values, which are compared as they were
             path, is_live = self._config.sparse_model_name, checkpoint.memory is not None
             ranks.check("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))
@@ -118,9 +123,11 @@ class DenseStage:
         sampled.take()
         sampled.open_rows(source, casts)
         self._values.tables = sampled.finder if self._config.need_export_sparse else None
+        before = BeforeCall(("", self._objects.model), (self._config.dense_model_name, copied))
         with self.sparse_values():
             restored, lacking = self._values.put, self._values.lacking
             found = sampled.run(sparse_arch, dense_arch, copied, features, restored=restored)
+            found += ranks.broadcast("look at what forward made", before.notes)
             return [*notes, *note_lacking(lacking), *note_passed(self._values.passed, "sparse arch"), *found]
 
     @property

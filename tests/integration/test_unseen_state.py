@@ -1,0 +1,264 @@
+"""State that no checkpoint has, and that agrees with itself in every comparison: a note names it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import time
+from datetime import date
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dist_export.dense.clock_reads import note_clock
+from dist_export.dense.made_at_call import BeforeCall
+from tests.support import exports, tiny_model
+
+UNSAVED, KEPT, MADE = "buffers with persistent=False", "the sparse arch keeps", "forward makes"
+
+
+class Sparse(nn.Module):
+    """Two plain tables, and numbers that are taken off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(50, tiny_model.DIM), nn.Embedding(40, tiny_model.DIM)
+        self.mean: Any = 0.0
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"user": self.user(batch["user"]), "item": self.item(batch["item"]) - self.mean}
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(2 * tiny_model.DIM, 1)
+        self.mean: Any = 0.0
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"ctr": self.out(torch.cat([blocks["user"], blocks["item"]], 1) - self.mean)}
+
+
+class Model(nn.Module):
+    def __init__(self, sparse_arch: nn.Module, dense_arch: nn.Module) -> None:
+        super().__init__()
+        self.sparse_arch, self.dense_arch = sparse_arch, dense_arch
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.dense_arch(self.sparse_arch(batch))
+
+
+def export(model: nn.Module, folder: Path, *, is_live: bool = False) -> list[str]:
+    """Return the notes of an export."""
+    batch = {"user": torch.arange(6), "item": torch.arange(6)}
+    if not is_live:
+        (folder / "ckpt").mkdir()
+        torch.save(model.state_dict(), folder / "ckpt" / "model.pt")
+    source = None if is_live else str(folder / "ckpt")
+    exporter = exports.exporter(model, "sparse_arch", "dense_arch", [batch], source, str(folder / "out"))
+    return list(exporter.export().notes)
+
+
+def put_buffers(module: nn.Module, width: int) -> None:
+    del module.mean
+    module.register_buffer("mean", torch.full((width,), 0.5), persistent=False)
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_what_no_state_dict_has_is_told_once(is_live: bool, tmp_path: Path) -> None:
+    model = Model(Sparse(), Dense())
+    put_buffers(model.sparse_arch, tiny_model.DIM)
+    put_buffers(model.dense_arch, 2 * tiny_model.DIM)
+    model.dense_arch.register_buffer("positions", torch.arange(3), persistent=False)
+    model.sparse_arch.factors = [torch.rand(2)]
+    notes = export(model, tmp_path, is_live=is_live)
+    told = [note for note in notes if note.startswith((UNSAVED, KEPT, MADE))]
+    if is_live:
+        assert told == []
+        return
+    buffers, kept = told
+    assert (
+        "(dense_arch.mean, dense_arch.positions, sparse_arch.mean): the package has the values of the model given"
+        in buffers
+    )
+    assert "keeps sparse_arch.factors[0], neither parameter nor buffer" in kept
+
+
+def test_a_model_that_keeps_nothing_has_no_such_note(tmp_path: Path) -> None:
+    model = Model(Sparse(), Dense())
+    model.sparse_arch.register_buffer("saved", torch.ones(3))
+    model.sparse_arch.view = model.sparse_arch.user.weight.detach()[:2]
+    notes = export(model, tmp_path)
+    assert not [note for note in notes if note.startswith((UNSAVED, KEPT, MADE)) or "clock" in note]
+
+
+class LazySparse(Sparse):
+    """Takes off what the first batch has in the mean: in an attribute, a container, or a buffer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.mean, self.cache = kind, None, {}
+        self.has_run = False
+        if kind == "buffer":
+            del self.mean
+            self.register_buffer("mean", None, persistent=False)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.has_run = self.knows_more = True
+        blocks = super().forward({"user": batch["user"], "item": batch["item"]}) if self.mean is not None else None
+        if blocks is None:
+            mean = self.user(batch["user"]).mean(0)
+            if self.kind == "container":
+                mean = self.cache.setdefault("mean", mean)
+                return {"user": self.user(batch["user"]), "item": self.item(batch["item"]) - mean}
+            self.mean = float(mean.mean()) if self.kind == "number" else mean
+            return self.forward(batch)
+        return blocks
+
+
+class LazyDense(Dense):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.mean
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not hasattr(self, "mean"):
+            self.mean = blocks["user"].mean()
+        return super().forward(blocks)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "number", "container", "buffer"])
+def test_what_the_first_call_makes_is_told(kind: str, tmp_path: Path) -> None:
+    (note,) = [note for note in export(Model(LazySparse(kind), Dense()), tmp_path) if note.startswith(MADE)]
+    name = "cache" if kind == "container" else "mean"
+    assert note.startswith(f"forward makes sparse_arch.{name} (LazySparse) at its first call")
+    assert "the package has what the sample made of it" in note
+
+
+def test_what_the_dense_arch_makes_is_told_once(tmp_path: Path) -> None:
+    (note,) = [note for note in export(Model(Sparse(), LazyDense()), tmp_path) if note.startswith(MADE)]
+    assert note.startswith("forward makes dense_arch.mean (LazyDense) at its first call")
+
+
+def test_what_torch_and_tables_make_is_not_told() -> None:
+    model = tiny_model.build_model()
+    lazy = nn.LazyLinear(2)
+    before = BeforeCall(("", model), ("lazy", lazy))
+    lazy(torch.ones(1, 3))
+    model.sparse_arch.user.rows_kept = torch.ones(2)
+    assert before.notes() == []
+    model.sparse_arch.kept = 1
+    assert len(before.notes()) == 1
+
+
+class Hours:
+    def hour(self) -> int:
+        return time.localtime().tm_hour
+
+
+def age_of(batch: Any) -> float:
+    return sum(time.time() - then for then in batch)
+
+
+def logged(function: Any) -> Any:
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        began = monotonic()
+        print(began)
+        return function(*args)
+
+    return run
+
+
+class Now(nn.Module):
+    def forward(self, batch: Any) -> Any:
+        return dt.datetime.now().hour + batch  # noqa: DTZ005 -- as callers write it
+
+
+class Today(nn.Module):
+    def forward(self, batch: Any) -> Any:
+        return [date.today().day for _ in batch]  # noqa: DTZ011 -- as callers write it
+
+
+class Named(nn.Module):
+    def forward(self, batch: Any) -> Any:
+        return age_of(batch)
+
+
+class Method(nn.Module):
+    def forward(self, batch: Any) -> Any:
+        return self.features(batch)
+
+    def features(self, batch: Any) -> Any:
+        return batch + sum(self.now() for _ in range(2))
+
+    @staticmethod
+    def now() -> float:
+        return monotonic()
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hours, self.clock = Hours(), time.time_ns
+
+    def forward(self, batch: Any) -> Any:
+        return self.hours.hour() + self.clock() + batch
+
+
+class Imports(nn.Module):
+    def forward(self, batch: Any) -> Any:
+        import time as watch
+        from datetime import datetime as moment
+
+        return watch.time() + moment.utcnow().hour + batch  # noqa: DTZ003 -- as callers write it
+
+
+class Quiet(nn.Module):
+    """Names what only looks like a clock, and is decorated by something that reads one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = Hours()
+
+    @logged
+    def forward(self, batch: Any) -> Any:
+        now = self.time
+        return batch, now, dt.datetime.fromtimestamp(0, dt.timezone.utc), time.strftime, self.today()
+
+    def today(self) -> dt.timedelta:
+        return dt.timedelta(1)
+
+    def unused(self) -> float:
+        return time.time()
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Now, ["Now.forward reads datetime.now()"]),
+        (Today, ["Today.forward reads date.today()"]),
+        (Named, ["age_of, which Named uses, reads time.time()"]),
+        (Method, ["Method.now reads time.monotonic()"]),
+        (Held, ["Held.forward reads time.time_ns()", "Hours.hour reads time.localtime()"]),
+        (Imports, ["Imports.forward reads time.time()", "Imports.forward reads datetime.utcnow()"]),
+        (Quiet, []),
+    ],
+)
+def test_forwards_that_read_the_clock_are_named(kind: type[nn.Module], told: list[str]) -> None:
+    notes = note_clock(nn.Sequential(kind(), kind()))
+    assert len(notes) == bool(told)
+    assert all(notes[0].count(its) == 1 for its in told)
+
+
+def test_an_export_tells_of_the_clock(tmp_path: Path) -> None:
+    class Aged(Sparse):
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: block * (time.time() > 0) for name, block in super().forward(batch).items()}
+
+    notes = export(Model(Aged(), Dense()), tmp_path)
+    assert any(note.startswith("Aged.forward reads time.time(): the clock is read at the export") for note in notes)
