@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from dist_export.checkpoint.model_weights import plain_name
 from dist_export.diff.entries import DenseDiff, ScoresDiff
 from dist_export.diff.rows import largest_change
 from dist_export.errors import DistExportError
@@ -57,12 +58,12 @@ def compare_programs(one: Any, two: Any, what: str = "the dense program") -> Den
     )
 
 
-def compare_state(held: Mapping[str, Any], program: Any, *, is_first: bool) -> DenseDiff | None:
-    """Compare the dense parameters of a checkpoint with those of a program, as its dtypes hold them.
+def compare_state(held: Mapping[str, Any], values: Mapping[str, torch.Tensor], *, is_first: bool) -> DenseDiff | None:
+    """Compare the parameters of a checkpoint with those of a package's programs, as their dtypes hold them.
 
     Args:
         held: by name, as the checkpoint has them; of what cannot be read something else than a tensor.
-        program: the dense program, with parameters and buffers under the names of the checkpoint.
+        values: parameters and buffers of the programs, under the names of the checkpoint.
         is_first: whether the checkpoint is A.
 
     Returns:
@@ -71,7 +72,6 @@ def compare_state(held: Mapping[str, Any], program: Any, *, is_first: bool) -> D
     """
     import torch
 
-    values = program.state_dict
     both = {name: held[name] for name in values if isinstance(held.get(name), torch.Tensor)}
     if values and not both:
         return None
@@ -90,6 +90,42 @@ def compare_state(held: Mapping[str, Any], program: Any, *, is_first: bool) -> D
         only_in_b=lacking if is_first else (),
         others=tuple(others),
     )
+
+
+def list_state(package: Package, held: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return what the programs of a package hold, by the names of a checkpoint, and what has no such name.
+
+    The score program has parameters of the sparse arch, and of what is between the arches, which the dense program lacks.
+
+    Args:
+        package: open, with a dense arch.
+        held: by name, as the checkpoint has them.
+    """
+    values: dict[str, torch.Tensor] = dict(package.load_program().state_dict)
+    if package.manifest.score is msgspec.UNSET:
+        return values, []
+    account = package.manifest.account
+    exported = () if account is msgspec.UNSET else account.others
+    known = {plain_name(other.name) for other in exported if other.fate == "in_program"}
+    program, unnamed = package.load_score_program(), []
+    for own, tensor in _values_of(program).items():
+        name = _name_in_checkpoint(own, held)
+        if name in values or own.startswith("dense_arch."):
+            continue  # the dense program's
+        if name in held or name in known:
+            values[name] = tensor
+        elif own in program.state_dict:  # a constant is no parameter
+            unnamed.append(name)
+    return values, unnamed
+
+
+def _name_in_checkpoint(own: str, held: Mapping[str, Any]) -> str:
+    """Return the checkpoint's name of what a score program holds: the program has the model as ``model``, or the arches alone."""
+    if own.startswith("model."):
+        return own.removeprefix("model.")
+    ending = own.removeprefix("sparse_arch")
+    alike = [name for name in held if name.endswith(ending)]
+    return alike[0] if own not in held and len(alike) == 1 else own
 
 
 def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
