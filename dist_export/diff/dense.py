@@ -136,7 +136,22 @@ def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
         )
     if a.max_batch_size != b.max_batch_size:
         told.append(f"the largest batch is {a.max_batch_size:,} in A, {b.max_batch_size:,} in B")
-    return told
+    return told + _compare_formats(a, b)
+
+
+def _compare_formats(a: DenseEntry, b: DenseEntry) -> list[str]:
+    """Return which further formats and layouts only one side has, or has for other runtimes. A server loads these files."""
+    told = []
+    ours, theirs = ({entry.format: entry for entry in its.formats or ()} for its in (a, b))
+    for name in dict.fromkeys((*ours, *theirs)):
+        if name not in ours or name not in theirs:
+            told.append(f"the format {name!r} is only in {'A' if name in ours else 'B'}")
+            continue
+        needs = [(its[name].opset, its[name].machine, its[name].features) for its in (ours, theirs)]
+        told += [] if needs[0] == needs[1] else [f"the file of the format {name!r} needs another runtime or processor"]
+    layouts = [set(its.layouts or ()) for its in (a, b)]
+    told += [f"the layout {name!r} is only in A" for name in sorted(layouts[0] - layouts[1])]
+    return told + [f"the layout {name!r} is only in B" for name in sorted(layouts[1] - layouts[0])]
 
 
 def _compare_tensors(a: DenseEntry | ScoreEntry, b: DenseEntry | ScoreEntry) -> list[str]:
