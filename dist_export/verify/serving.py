@@ -165,7 +165,7 @@ def _padding_of(ids: np.ndarray, features: Sequence[FeatureEntry]) -> np.ndarray
 
 def _bring_back(ids: np.ndarray, features: Sequence[FeatureEntry]) -> np.ndarray:
     """Return ids that the transforms of a feature bring to those of the sample. Each feature gets its share of the places."""
-    found = ids.copy()
+    found: np.ndarray = ids.copy()
     for number, feature in enumerate(features):
         own = ids[number :: len(features)]
         steps = () if feature.transforms is msgspec.UNSET else feature.transforms

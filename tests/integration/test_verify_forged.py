@@ -49,7 +49,7 @@ class Model(nn.Module):
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("forged")
     torch.save(Model().state_dict(), folder / "ckpt.pt")
-    settings: dict[str, Any] = {"dtype": {"*item*": "int8"}, "atol": 1e-4}
+    settings: dict[str, Any] = {"dtype": {"*item*": "int8"}, "atol": 1e-4, "score_program": "require"}
     exports.exporter(
         Model(), "sparse_arch", "dense_arch", iter([IDS]), str(folder / "ckpt.pt"), str(folder / "out"), **settings
     ).export(progress=False)
@@ -60,6 +60,13 @@ def bare(doc: dict[str, Any], *names: str) -> None:
     for slot in (slot for table in doc["tables"] for slot in table["kept"]):
         for name in names:
             slot.pop(name, None)
+
+
+def shift(sums: dict[str, Any], name: str, to: Any) -> None:
+    """Count 10 bytes as others."""
+    sums[name] -= 10
+    account = sums if isinstance(to, str) else to
+    account["exported"] += 10
 
 
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -86,6 +93,23 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda doc: doc["dense"]["outputs"][0].update(shape=["batch*2", 1]),
         "the exported program has",
     ),
+    "shards": (lambda doc: doc.update(num_shards=5), "num_shards is 5, and a shard is called"),
+    "mode": (lambda doc: doc.update(mode="copy"), "mode is 'copy', and files of the source's format"),
+    "an unknown mode": (lambda doc: doc.update(mode="fresh"), "which no package has"),
+    "a lacking tensor": (lambda doc: doc["account"]["others"].pop(), "bytes are in_program"),
+    "other tensors": (lambda doc: doc["account"].update(tensors=1), "it has 1 tensors, between"),
+    "exported for in_program": (lambda doc: shift(doc["account"], "in_program", "exported"), "bytes are in_program"),
+    "exported for dropped": (
+        lambda doc: shift(doc["account"]["dropped"], "cast", doc["account"]),
+        "bytes are exported",
+    ),
+    "dtype of the score program": (lambda doc: doc["score"]["inputs"][0].update(dtype="int32"), "score.inputs says"),
+    "shape of the score program": (lambda doc: doc["score"]["inputs"][0].update(shape=[16]), "score.inputs says"),
+    "output of the score program": (
+        lambda doc: doc["score"]["outputs"][0].update(shape=["batch", "x"]),
+        "score.outputs says",
+    ),
+    "conditions": (lambda doc: doc["score"].update(conditions=["batch <= 3"]), "score.conditions are ['batch <= 3']"),
     "dropped inputs": (lambda doc: doc["dense"].update(dropped_inputs=[]), "dense.input_order"),
 }
 
