@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from dist_export.formats.package_entries import DenseEntry, ParityEntry
-from dist_export.manifest import compute_digest
+from dist_export.manifest import SAMPLE_ROWS, compute_digest
 from dist_export.verify.dense import _Judge
 from dist_export.verify.verify import verify
+from tests.integration.test_package import restate
 from tests.support import exports
 
 IDS = torch.arange(16)
@@ -129,6 +131,14 @@ def test_what_the_files_show_otherwise_is_found(package: Path, what: str | None)
         path.write_bytes(raw)
     assert bool(findings) == bool(what)
     assert not what or any(told in finding for finding in findings), findings
+
+
+def test_an_emptied_list_of_rows_is_not_called_a_sample_without_ids(package: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(package, tmp_path / "out")
+    (copy / "fx_user_model" / SAMPLE_ROWS).write_text("{}")
+    restate(copy, f"fx_user_model/{SAMPLE_ROWS}")
+    told = [text for text in verify(str(copy)).checked if text.startswith("sample:")]
+    assert told == ["sample: fx_user_model/sample_rows.json names no id, so there was no row to compare"]
 
 
 def findings_of(seen: float, atol: float, rounding: torch.Tensor | None) -> list[str]:
