@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import torch
 
+from dist_export.archive.traced_sizes import holds_always
 from dist_export.config.needs import ScoreSettings
 from dist_export.config.serving import read_serving
 from dist_export.contract.draft import Draft
@@ -25,7 +26,6 @@ from dist_export.package.dense_inputs import build_dense_inputs
 from dist_export.package.reader import Package
 from dist_export.runtime.ranks import Ranks
 from dist_export.score.inputs import flatten_batch
-from dist_export.score.needed_inputs import holds_always
 from dist_export.score.stage import ScoreStage
 from dist_export.score.table_weight import NotExportableError
 

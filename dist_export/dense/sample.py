@@ -30,8 +30,8 @@ SAMPLE_ROWS = 128
 
 SAMPLE = "the sample batch"
 
-_TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
-"""Names that the code of an exported program uses; an input of that name would hide them."""
+_TAKEN = frozenset({"self", "mod", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
+"""Names that the code of an exported program, and torch's call of it, use; an input of that name would hide them."""
 
 
 @dataclass(frozen=True, slots=True)

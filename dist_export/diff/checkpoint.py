@@ -17,13 +17,14 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import CastDtype
 from dist_export.delta.mismatch import describe_slot, describe_slot_entry
-from dist_export.diff.dense import compare_state
+from dist_export.diff.dense import compare_state, list_state
 from dist_export.diff.entries import DenseDiff, PackageDiff, ScoresDiff, TableDiff
 from dist_export.diff.layers import count_rows, is_row_indexed
 from dist_export.diff.rows import COPIES, MOST_ROWS, compare_slot
 from dist_export.errors import UserError
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.row_encodings import RowCast
+from dist_export.humanize import few
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.pipeline.inputs import find_dense
@@ -142,13 +143,15 @@ def compare_checkpoint(
     counts = [count for its in ranks.all_gather("compare the rows", read) for count in its]
     tables = ranks.run("add up", lambda: _add_counts(plan, package, pairs, counts, is_first=is_first))
 
-    def compare_parameters() -> DenseDiff | None:
+    def compare_parameters() -> tuple[DenseDiff | None, list[str]]:
         parameters = find_dense(config, directory, opened, weights)
         if package.manifest.dense is None or parameters is None:
-            return DenseDiff()
-        return compare_state(parameters.load(), package.load_program(), is_first=is_first)
+            return DenseDiff(), []
+        held = parameters.load()
+        values, unnamed = list_state(package, held)
+        return compare_state(held, values, is_first=is_first), unnamed
 
-    dense = ranks.broadcast("compare the dense parameters", compare_parameters)
+    dense, unnamed = ranks.broadcast("compare the dense parameters", compare_parameters)
     names = [directory.url, package.directory.url]
     digests = ["", package.manifest.digest]
     rules = () if package.manifest.prune is msgspec.UNSET else package.manifest.prune
@@ -163,8 +166,14 @@ def compare_checkpoint(
         dense=dense or DenseDiff(),
         scores=ScoresDiff(),
         settings={"prune": (told[order[0]], told[order[1]])} if rules else {},
-        not_compared=NOT_COMPARED if dense is not None else NO_DENSE,
+        not_compared=_say_not_compared(dense, unnamed),
     )
+
+
+def _say_not_compared(dense: DenseDiff | None, unnamed: Sequence[str]) -> str:
+    told = NOT_COMPARED if dense is not None else NO_DENSE
+    lacks = f"; nor {few(list(unnamed))} of the score program, of which the checkpoint has no tensor by that name"
+    return told + (lacks if unnamed else "")
 
 
 def _weights_of(directory: Directory, package: Manifest, given: Mapping[str, Any]) -> ModelWeights | None:

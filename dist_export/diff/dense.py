@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from dist_export.checkpoint.model_weights import plain_name
 from dist_export.diff.entries import DenseDiff, ScoresDiff
 from dist_export.diff.rows import largest_change
 from dist_export.errors import DistExportError
@@ -57,12 +58,12 @@ def compare_programs(one: Any, two: Any, what: str = "the dense program") -> Den
     )
 
 
-def compare_state(held: Mapping[str, Any], program: Any, *, is_first: bool) -> DenseDiff | None:
-    """Compare the dense parameters of a checkpoint with those of a program, as its dtypes hold them.
+def compare_state(held: Mapping[str, Any], values: Mapping[str, torch.Tensor], *, is_first: bool) -> DenseDiff | None:
+    """Compare the parameters of a checkpoint with those of a package's programs, as their dtypes hold them.
 
     Args:
         held: by name, as the checkpoint has them; of what cannot be read something else than a tensor.
-        program: the dense program, with parameters and buffers under the names of the checkpoint.
+        values: parameters and buffers of the programs, under the names of the checkpoint.
         is_first: whether the checkpoint is A.
 
     Returns:
@@ -71,7 +72,6 @@ def compare_state(held: Mapping[str, Any], program: Any, *, is_first: bool) -> D
     """
     import torch
 
-    values = program.state_dict
     both = {name: held[name] for name in values if isinstance(held.get(name), torch.Tensor)}
     if values and not both:
         return None
@@ -92,6 +92,42 @@ def compare_state(held: Mapping[str, Any], program: Any, *, is_first: bool) -> D
     )
 
 
+def list_state(package: Package, held: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return what the programs of a package hold, by the names of a checkpoint, and what has no such name.
+
+    The score program has parameters of the sparse arch, and of what is between the arches, which the dense program lacks.
+
+    Args:
+        package: open, with a dense arch.
+        held: by name, as the checkpoint has them.
+    """
+    values: dict[str, torch.Tensor] = dict(package.load_program().state_dict)
+    if package.manifest.score is msgspec.UNSET:
+        return values, []
+    account = package.manifest.account
+    exported = () if account is msgspec.UNSET else account.others
+    known = {plain_name(other.name) for other in exported if other.fate == "in_program"}
+    program, unnamed = package.load_score_program(), []
+    for own, tensor in _values_of(program).items():
+        name = _name_in_checkpoint(own, held)
+        if name in values or own.startswith("dense_arch."):
+            continue  # the dense program's
+        if name in held or name in known:
+            values[name] = tensor
+        elif own in program.state_dict:  # a constant is no parameter
+            unnamed.append(name)
+    return values, unnamed
+
+
+def _name_in_checkpoint(own: str, held: Mapping[str, Any]) -> str:
+    """Return the checkpoint's name of what a score program holds: the program has the model as ``model``, or the arches alone."""
+    if own.startswith("model."):
+        return own.removeprefix("model.")
+    ending = own.removeprefix("sparse_arch")
+    alike = [name for name in held if name.endswith(ending)]
+    return alike[0] if own not in held and len(alike) == 1 else own
+
+
 def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
     told = _compare_tensors(a, b)
     if a.input_order != b.input_order:
@@ -100,7 +136,22 @@ def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
         )
     if a.max_batch_size != b.max_batch_size:
         told.append(f"the largest batch is {a.max_batch_size:,} in A, {b.max_batch_size:,} in B")
-    return told
+    return told + _compare_formats(a, b)
+
+
+def _compare_formats(a: DenseEntry, b: DenseEntry) -> list[str]:
+    """Return which further formats and layouts only one side has, or has for other runtimes. A server loads these files."""
+    told = []
+    ours, theirs = ({entry.format: entry for entry in its.formats or ()} for its in (a, b))
+    for name in dict.fromkeys((*ours, *theirs)):
+        if name not in ours or name not in theirs:
+            told.append(f"the format {name!r} is only in {'A' if name in ours else 'B'}")
+            continue
+        needs = [(its[name].opset, its[name].machine, its[name].features) for its in (ours, theirs)]
+        told += [] if needs[0] == needs[1] else [f"the file of the format {name!r} needs another runtime or processor"]
+    layouts = [set(its.layouts or ()) for its in (a, b)]
+    told += [f"the layout {name!r} is only in A" for name in sorted(layouts[0] - layouts[1])]
+    return told + [f"the layout {name!r} is only in B" for name in sorted(layouts[1] - layouts[0])]
 
 
 def _compare_tensors(a: DenseEntry | ScoreEntry, b: DenseEntry | ScoreEntry) -> list[str]:

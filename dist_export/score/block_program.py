@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from dist_export.archive.traced_sizes import input_shapes
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
-from dist_export.score.needed_inputs import input_shapes
 from dist_export.score.trace import ScoredModel, export_arches, own_changed_state, sizes_from_zero
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from dist_export.archive.traced_sizes import holds_always, input_shapes, list_conditions, sizes_of
 from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.model_head import DenseCall, ModelHead
@@ -23,14 +24,7 @@ from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import blame, said
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
-from dist_export.score.needed_inputs import (
-    find_needed,
-    free_dims,
-    holds_always,
-    input_shapes,
-    list_conditions,
-    sizes_of,
-)
+from dist_export.score.needed_inputs import find_needed, free_dims
 from dist_export.score.refused_programs import refuse_changed_state, refuse_operators, refuse_untrained
 from dist_export.score.refused_reads import RefusedReads
 from dist_export.score.table_weight import NotExportableError

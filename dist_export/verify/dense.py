@@ -331,7 +331,7 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
     if there:
         checked.append(f"sample: the rows of its {total:,} ids are those that were scored")
     else:
-        asked = f"the package has none of its {total:,} ids" if total else "it looked up no id of the package"
+        asked = f"the package has none of its {total:,} ids" if total else f"{where} names no id"
         checked.append(f"sample: {asked}, so there was no row to compare")
 
 

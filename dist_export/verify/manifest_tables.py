@@ -14,6 +14,7 @@ from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry
 from dist_export.package.stored_rows import is_sound_encoding
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.indexed_tables import check_ranges
+from dist_export.verify.manifest_numbers import check_numbers
 from dist_export.verify.report import Report
 
 _CHECK = "manifest"
@@ -21,7 +22,7 @@ _CHECK = "manifest"
 
 def check_tables(manifest: Manifest, blocks: Blocks, report: Report) -> None:
     """Compare tables, slots and parts, and the dense tensors among the shards, with the blocks of the headers."""
-    comparison = _Comparison(blocks, report)
+    comparison, before = _Comparison(blocks, report), report.count()
     names: set[str] = set()
     for table in manifest.tables:
         if table.name in names:
@@ -41,6 +42,8 @@ def check_tables(manifest: Manifest, blocks: Blocks, report: Report) -> None:
             report.add(MANIFEST, "account", f"the account of the source's payload contradicts the tables: {what}")
     if blocks.is_whole:
         comparison.check_nothing_left()
+    if report.count() == before:  # numbers of wrong tables would be reported a second time
+        check_numbers(manifest, report)
 
 
 class _Comparison:

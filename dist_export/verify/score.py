@@ -30,6 +30,7 @@ def check_scores(package: Package, entry: ScoreEntry, findings: list[str], check
 
     from dist_export.package.score import load_score_program
     from dist_export.package.score_sample import read_sample
+    from dist_export.verify.score_signature import check_traced  # it imports torch
 
     try:
         program = load_score_program(package)
@@ -38,6 +39,7 @@ def check_scores(package: Package, entry: ScoreEntry, findings: list[str], check
         findings.append(f"{entry.program}: {_first_line(error)}")
         return
     _check_signature(entry, sample, findings)
+    check_traced(program, entry, findings)
     for stated, tensor in zip(entry.inputs, sample.inputs.values(), strict=True):
         if not _is_kind(tensor, stated):
             findings.append(

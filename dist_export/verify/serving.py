@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from dist_export.errors import DistExportError
-from dist_export.formats.serving_entries import DenseInputEntry, ServingEntry
+from dist_export.formats.serving_entries import DenseInputEntry, FeatureEntry, ServingEntry
 from dist_export.manifest import MANIFEST, DenseEntry, ScoreEntry, TensorEntry
 from dist_export.package.dense_inputs import build_dense_inputs
 from dist_export.package.reader import Package
@@ -83,21 +83,34 @@ def _compare_scores(
     from dist_export.archive.output_diff import usual_sizes
 
     score_program, dense_program = package.load_score_program().module(), package.load_program().module()
-    for told, changed in _other_ids(serving, arrays):
-        own = _run(score_program, changed, score.inputs)
-        if isinstance(own, str):
-            continue  # the model itself refuses such ids
-        found = _run(dense_program, _build(package, serving, changed), serving.inputs)
-        if isinstance(found, str):
-            findings.append(f"{MANIFEST}: the serving contract gives no scores {told}, the score program does: {found}")
-            return
-        for entry, expected, given in zip(score.outputs, own, found, strict=True):
-            allowed = _SHARE * (expected.double().abs() + usual_sizes(None, expected)) + _SHARE**2
-            if expected.shape != given.shape or bool(((given.double() - expected.double()).abs() > allowed).any()):
+    for told, its in other_ids(serving, arrays):
+        for changed in _run_together_or_apart(score_program, score, arrays, its):
+            own = _run(score_program, changed, score.inputs)
+            if isinstance(own, str):
+                continue  # the model itself refuses such ids
+            found = _run(dense_program, _build(package, serving, changed), serving.inputs)
+            if isinstance(found, str):
                 findings.append(
-                    f"{MANIFEST}: the serving contract gives output {entry.name!r} otherwise than the score program {told}"
+                    f"{MANIFEST}: the serving contract gives no scores {told}, the score program does: {found}"
                 )
                 return
+            for entry, expected, given in zip(score.outputs, own, found, strict=True):
+                allowed = _SHARE * (expected.double().abs() + usual_sizes(None, expected)) + _SHARE**2
+                if expected.shape != given.shape or bool(((given.double() - expected.double()).abs() > allowed).any()):
+                    findings.append(
+                        f"{MANIFEST}: the serving contract gives output {entry.name!r} otherwise than the score program {told}"
+                    )
+                    return
+
+
+def _run_together_or_apart(
+    program: Any, score: ScoreEntry, arrays: Mapping[str, np.ndarray], its: Mapping[str, np.ndarray]
+) -> list[dict[str, np.ndarray]]:
+    """Return the tensors of the sample with other ids in all of ``its``; in one at a time, if the model refuses some of them."""
+    together = {**arrays, **its}
+    if len(its) < 2 or not isinstance(_run(program, together, score.inputs), str):
+        return [together]
+    return [{**arrays, name: ids} for name, ids in its.items()]
 
 
 def _run(
@@ -122,25 +135,72 @@ _FAR = 1_000_003
 """Added to ids: no table has them, unless a transform brings them back."""
 
 
-def _other_ids(serving: ServingEntry, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yield the tensors of the sample with other ids in it, and which these are."""
-    paddings: dict[str, list[int]] = {}
+def other_ids(serving: ServingEntry, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield other ids by tensor of the sample, and which these are."""
+    features: dict[str, list[FeatureEntry]] = {}
     for feature in serving.features:
         if feature.ids is not msgspec.UNSET:
-            its = paddings.setdefault(feature.ids.values, [])
-            its += [feature.padding_id] if isinstance(feature.padding_id, int) else []
-    for told in ("with ids in another order", "with ids 0", "with the padding id", "with ids that no table has"):
-        changed = dict(arrays)
-        for name, padding in paddings.items():
+            features.setdefault(feature.ids.values, []).append(feature)
+    for told, make in _OTHERS.items():
+        changed = {}
+        for name, its in features.items():
             ids = arrays[name].copy()
-            every_other = ids.reshape(-1)[::2]
-            if told.endswith("order"):
-                ids = np.roll(ids.reshape(-1), 1).reshape(ids.shape)
-            elif told.endswith("0"):
-                every_other[:] = 0
-            elif told.endswith("padding id") and padding and np.can_cast(np.min_scalar_type(padding[0]), ids.dtype):
-                every_other[:] = padding[0]
-            elif told.endswith("has") and np.iinfo(ids.dtype).max > 2 * _FAR:
-                every_other += _FAR
+            flat = ids.reshape(-1)
+            chosen = np.random.default_rng(0).random(len(flat)) < 0.5  # a fixed step would pass over whole columns
+            chosen[:1] = True
+            other = make(flat.astype(np.int64), its)
+            range_of = np.iinfo(ids.dtype)
+            if told == _ORDER:
+                chosen[:] = True
+            fits = (other >= range_of.min) & (other <= range_of.max)
+            flat[chosen & fits] = other[chosen & fits]
             changed[name] = ids
         yield told, changed
+
+
+def _padding_of(ids: np.ndarray, features: Sequence[FeatureEntry]) -> np.ndarray:
+    paddings = [feature.padding_id for feature in features if isinstance(feature.padding_id, int)]
+    return np.full_like(ids, paddings[0]) if paddings else ids
+
+
+def _bring_back(ids: np.ndarray, features: Sequence[FeatureEntry]) -> np.ndarray:
+    """Return ids that the transforms of a feature bring to those of the sample. Each feature gets its share of the places."""
+    found: np.ndarray = ids.copy()
+    for number, feature in enumerate(features):
+        own = ids[number :: len(features)]
+        steps = () if feature.transforms is msgspec.UNSET else feature.transforms
+        for step in reversed(steps):
+            value = np.int64(step.value)
+            if step.op == "modulo":
+                own = own + value
+            elif step.op == "add":
+                own = own - value
+            elif step.op == "from_end":
+                own = np.where(own - value < 0, own - value, own)
+            else:
+                own = own | (~value & (value + 1))  # the lowest bit that is not in the mask
+        found[number :: len(features)] = own
+    return found
+
+
+def _add_high_bit(ids: np.ndarray, _: Sequence[FeatureEntry]) -> np.ndarray:
+    """Return ids that are a row's modulo each power of two below: a mask and a narrower dtype take the bit away."""
+    found: np.ndarray = ids ^ np.where(np.arange(len(ids)) % 2, np.int64(1) << 62, np.int64(1) << 30)
+    return found
+
+
+def _count_down(ids: np.ndarray, _: Sequence[FeatureEntry]) -> np.ndarray:
+    found: np.ndarray = -1 - np.arange(len(ids)) % 8
+    return found
+
+
+_ORDER = "with ids in another order"
+_OTHERS: dict[str, Callable[[np.ndarray, Sequence[FeatureEntry]], np.ndarray]] = {
+    _ORDER: lambda ids, _: np.roll(ids, 1),
+    "with ids 0": lambda ids, _: np.zeros_like(ids),
+    "with the padding id": _padding_of,
+    "with ids that no table has": lambda ids, _: ids + _FAR,
+    "with negative ids": _count_down,
+    "with ids that differ from those of rows by a power of two": _add_high_bit,
+    "with ids that its transforms make those of rows": _bring_back,
+}

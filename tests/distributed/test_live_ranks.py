@@ -319,7 +319,7 @@ def test_a_model_whose_tables_are_all_sharded_claims_no_written_rows(tmp_path: P
     assert "with the program as written, no row from the shards: largest difference" in summary
     report = verify(str(tmp_path / "out"))
     assert not report.findings
-    assert "sample: it looked up no id of the package, so there was no row to compare" in report.checked
+    assert "sample: fx_user_model/sample_rows.json names no id, so there was no row to compare" in report.checked
     assert np.array_equal(read_rows(tmp_path / "out")["sparse_arch.city.weight"], bytes_of(city_rows()))
 
 

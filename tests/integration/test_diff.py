@@ -284,6 +284,32 @@ def test_another_sample_size_is_no_difference(trained: Path) -> None:
     assert diff(trained / "first", pack(trained, "more", models.batch_of(40))).is_equal
 
 
+@pytest.mark.parametrize(
+    ("more", "less", "what"),
+    [
+        ({"dense_formats": ["onnx"]}, {}, "the format 'onnx' is only in {}"),
+        (
+            {"dense_formats": ["onnx"], "layouts": ["triton"]},
+            {"dense_formats": ["onnx"]},
+            "the layout 'triton' is only in {}",
+        ),
+        ({}, {"score_program": "off"}, "only {} has a score program"),
+    ],
+)
+def test_a_file_for_servers_that_one_side_lacks_is_a_difference(trained: Path, more, less, what: str) -> None:
+    """A server that loads model.onnx was told that it gets the same from a package without it."""
+
+    def packed(settings: dict[str, Any]) -> Path:
+        name = "serve " + " ".join(map(str, settings.values()))
+        return trained / name if (trained / name).exists() else pack(trained, name, serving="off", **settings)
+
+    pair = packed(more), packed(less)
+    for one, two, side in ((*pair, "A"), (*reversed(pair), "B")):
+        found = diff(one, two)
+        assert [*found.dense.others, *found.others] == [what.format(side)]
+        assert not found.is_equal
+
+
 def test_other_dtypes_of_ids_are_a_difference(trained: Path) -> None:
     """A program that takes int32 has no ids above 2**31."""
     batch = models.batch_of()

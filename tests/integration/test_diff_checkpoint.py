@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dist_export.cli import main
 from dist_export.diff.compare import diff
@@ -91,6 +92,36 @@ def test_a_dense_parameter_that_the_checkpoint_lacks_is_a_difference(tmp_path: P
     assert (code, found["dense"]["only_in_b"], found["dense"]["only_in_a"]) == (1, [name], [])
     code, found = run(capsys, package, tmp_path / "part.pth")
     assert (code, found["dense"]["only_in_a"], found["dense"]["only_in_b"]) == (1, [name], [])
+
+
+class Projected(nn.Module):
+    """A sparse arch with a layer of its own, which the score program alone holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.layer = nn.Embedding(models.ROWS, models.DIM), nn.Linear(1, 1)
+
+    def forward(self, batch: models.Batch) -> models.Batch:
+        return {"user": self.user(batch["user"]), "price": self.layer(batch["price"])}
+
+
+@pytest.mark.parametrize("has_name", [True, False])
+def test_parameters_of_the_sparse_arch_are_compared(tmp_path: Path, capsys, has_name: bool) -> None:
+    """Of a layer that was trained on, it was said that serving gets the same."""
+    model = models.train(models.Model(Projected(), models.DIM + 1))
+    package = tmp_path / "package"
+    export_model(models.save(model, tmp_path / "a.pth"), package, model, score_program="require")
+    assert run(capsys, tmp_path / "a.pth", package)[0] == 0
+    state = model.state_dict()
+    name = "sparse_arch.layer.weight"
+    if has_name:
+        state[name] = state[name] + 1
+    else:
+        del state[name]
+    torch.save(state, tmp_path / "b.pth")
+    code, found = run(capsys, tmp_path / "b.pth", package)
+    assert (code, list(found["dense"]["changed"])) == (1, [name] if has_name else [])
+    assert found["dense"]["only_in_b"] == ([] if has_name else [name])
 
 
 def test_pruned_rows_are_only_in_the_checkpoint(sources, tmp_path: Path, capsys) -> None:

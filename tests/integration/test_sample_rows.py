@@ -218,7 +218,7 @@ def assert_claims_no_rows(manifest: dist_export.Manifest, out: Path) -> None:
     assert "rows and program" not in summary_of(manifest)
     report = verify(str(out))
     assert not report.findings
-    assert "sample: it looked up no id of the package, so there was no row to compare" in report.checked
+    assert "sample: fx_user_model/sample_rows.json names no id, so there was no row to compare" in report.checked
 
 
 def test_a_model_of_dense_inputs_alone_claims_no_rows(tmp_path: Path) -> None:

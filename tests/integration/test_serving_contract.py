@@ -501,6 +501,9 @@ def test_a_contract_that_does_not_fit_is_a_package_error_and_a_finding(
         ({"feature_name": "tags", "padding_id": 25}, "with the padding id"),
         ({"padding_id": None}, "with ids 0"),
         ({"transforms": (TransformEntry(op="modulo", value=models.ROWS),)}, "with ids that no table has"),
+        ({"transforms": (TransformEntry(op="from_end", value=models.ROWS),)}, "with negative ids"),
+        ({"transforms": (TransformEntry(op="mask", value=(1 << 40) - 1),)}, "by a power of two"),
+        ({"transforms": (TransformEntry(op="from_end", value=9_000_001),)}, "with ids that its transforms make"),
     ],
 )
 def test_verify_tries_ids_that_the_sample_does_not_have(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
@@ -512,7 +515,8 @@ def test_verify_tries_ids_that_the_sample_does_not_have(tmp_path: Path, fields: 
     changed = forge(Path(package.directory.path), tmp_path / "changed", **fields)
     findings = verify(str(changed)).findings
     assert len(findings) == 1
-    assert f"otherwise than the score program {told}" in findings[0]
+    assert "otherwise than the score program with " in findings[0]
+    assert told in findings[0]
 
 
 def test_a_package_as_a_source_keeps_the_contract_under_new_names(plain, tmp_path: Path) -> None:

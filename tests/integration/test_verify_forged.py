@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from dist_export.formats.package_entries import DenseEntry, ParityEntry
-from dist_export.manifest import compute_digest
+from dist_export.manifest import SAMPLE_ROWS, compute_digest
 from dist_export.verify.dense import _Judge
 from dist_export.verify.verify import verify
+from tests.integration.test_package import restate
 from tests.support import exports
 
 IDS = torch.arange(16)
@@ -49,7 +51,7 @@ class Model(nn.Module):
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("forged")
     torch.save(Model().state_dict(), folder / "ckpt.pt")
-    settings: dict[str, Any] = {"dtype": {"*item*": "int8"}, "atol": 1e-4}
+    settings: dict[str, Any] = {"dtype": {"*item*": "int8"}, "atol": 1e-4, "score_program": "require"}
     exports.exporter(
         Model(), "sparse_arch", "dense_arch", iter([IDS]), str(folder / "ckpt.pt"), str(folder / "out"), **settings
     ).export(progress=False)
@@ -60,6 +62,13 @@ def bare(doc: dict[str, Any], *names: str) -> None:
     for slot in (slot for table in doc["tables"] for slot in table["kept"]):
         for name in names:
             slot.pop(name, None)
+
+
+def shift(sums: dict[str, Any], name: str, to: Any) -> None:
+    """Count 10 bytes as others."""
+    sums[name] -= 10
+    account = sums if isinstance(to, str) else to
+    account["exported"] += 10
 
 
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -86,6 +95,23 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda doc: doc["dense"]["outputs"][0].update(shape=["batch*2", 1]),
         "the exported program has",
     ),
+    "shards": (lambda doc: doc.update(num_shards=5), "num_shards is 5, and a shard is called"),
+    "mode": (lambda doc: doc.update(mode="copy"), "mode is 'copy', and files of the source's format"),
+    "an unknown mode": (lambda doc: doc.update(mode="fresh"), "which no package has"),
+    "a lacking tensor": (lambda doc: doc["account"]["others"].pop(), "bytes are in_program"),
+    "other tensors": (lambda doc: doc["account"].update(tensors=1), "it has 1 tensors, between"),
+    "exported for in_program": (lambda doc: shift(doc["account"], "in_program", "exported"), "bytes are in_program"),
+    "exported for dropped": (
+        lambda doc: shift(doc["account"]["dropped"], "cast", doc["account"]),
+        "bytes are exported",
+    ),
+    "dtype of the score program": (lambda doc: doc["score"]["inputs"][0].update(dtype="int32"), "score.inputs says"),
+    "shape of the score program": (lambda doc: doc["score"]["inputs"][0].update(shape=[16]), "score.inputs says"),
+    "output of the score program": (
+        lambda doc: doc["score"]["outputs"][0].update(shape=["batch", "x"]),
+        "score.outputs says",
+    ),
+    "conditions": (lambda doc: doc["score"].update(conditions=["batch <= 3"]), "score.conditions are ['batch <= 3']"),
     "dropped inputs": (lambda doc: doc["dense"].update(dropped_inputs=[]), "dense.input_order"),
 }
 
@@ -105,6 +131,14 @@ def test_what_the_files_show_otherwise_is_found(package: Path, what: str | None)
         path.write_bytes(raw)
     assert bool(findings) == bool(what)
     assert not what or any(told in finding for finding in findings), findings
+
+
+def test_an_emptied_list_of_rows_is_not_called_a_sample_without_ids(package: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(package, tmp_path / "out")
+    (copy / "fx_user_model" / SAMPLE_ROWS).write_text("{}")
+    restate(copy, f"fx_user_model/{SAMPLE_ROWS}")
+    told = [text for text in verify(str(copy)).checked if text.startswith("sample:")]
+    assert told == ["sample: fx_user_model/sample_rows.json names no id, so there was no row to compare"]
 
 
 def findings_of(seen: float, atol: float, rounding: torch.Tensor | None) -> list[str]:

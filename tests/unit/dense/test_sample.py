@@ -237,7 +237,9 @@ def test_a_batch_stays_what_it_is_when_the_loader_fills_its_buffer_again(wrap, r
     assert [read(data).tolist() for data in taken] == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
 
 
-@pytest.mark.parametrize("name", ["a-b", "1a", "", "a b", "class", "None", "self", "ªb", 3, "torch", "inf", "pytree"])
+@pytest.mark.parametrize(
+    "name", ["a-b", "1a", "", "a b", "class", "None", "self", "mod", "ªb", 3, "torch", "inf", "pytree"]
+)
 def test_names_that_cannot_be_keywords_are_refused(name) -> None:
     with pytest.raises(ModelError) as caught:
         check_input_names({name: torch.ones(1), "good": torch.ones(1), "x.y": torch.ones(1)})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dist_export.score.needed_inputs import holds_always, is_of_tried_sizes
+from dist_export.archive.traced_sizes import holds_always
+from dist_export.score.needed_inputs import is_of_tried_sizes
 
 
 @pytest.mark.parametrize(
