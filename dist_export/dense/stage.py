@@ -115,7 +115,7 @@ class DenseStage:
         if self._parameters is not None:
             notes += note_unregistered(self._objects.model, dense_arch, self._config.dense_model_name)
             notes += note_unsaved(self._objects.model, self._config)
-        notes += note_clock(self._objects.model)
+        notes += ranks.check("look for clocks", lambda: note_clock(self._objects.model))
         if checkpoint is not None:  # its modes may compute values, which are compared as they were
             path, is_live = self._config.sparse_model_name, checkpoint.memory is not None
             ranks.check("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))
@@ -127,7 +127,7 @@ class DenseStage:
         with self.sparse_values():
             restored, lacking = self._values.put, self._values.lacking
             found = sampled.run(sparse_arch, dense_arch, copied, features, restored=restored)
-            found += ranks.broadcast("look at what forward made", before.notes)
+            found += ranks.check_on_first("look at what forward made", before.notes, [])
             return [*notes, *note_lacking(lacking), *note_passed(self._values.passed, "sparse arch"), *found]
 
     @property

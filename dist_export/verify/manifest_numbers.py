@@ -33,9 +33,10 @@ def _contradictions_of_mode(manifest: Manifest) -> Iterator[str]:
     mode, number = manifest.mode, manifest.num_shards
     shards = [found for found in map(SHARD.fullmatch, (file.path for file in manifest.files)) if found]
     if mode == "filter":
-        odd = next((found[0] for found in shards if int(found[1]) != number), "")
-        if odd:
-            yield f"num_shards is {number:,}, and a shard is called {odd}"
+        if shards and all(
+            int(found[1]) != number for found in shards
+        ):  # one alone is another fault, which its headers show
+            yield f"num_shards is {number:,}, and a shard is called {shards[0][0]}"
     elif mode == "dense_only":
         if number or shards:
             yield f"mode is 'dense_only', with num_shards {number:,} and {len(shards):,} shards"
