@@ -1,4 +1,7 @@
-"""Refuse modules of ``dist_export`` above 400 lines, and functions above 60 lines of code; a docstring does not count."""
+"""Refuse modules of ``dist_export`` above 400 lines, functions above 60 lines of code, and a tenth module beside the rooms.
+
+A docstring does not count.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 MODULE_LINES = 400
 FUNCTION_LINES = 60
+MODULES_BESIDE_ROOMS = 9
 
 
 def find_large(text: str) -> Iterator[tuple[int, str]]:
@@ -32,6 +36,13 @@ def count_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return num_lines
 
 
+def find_crowd(package: Path) -> Iterator[str]:
+    """Yield what is wrong where too many modules are in no room."""
+    modules = sorted(path.name for path in package.glob("*.py"))
+    if len(modules) > MODULES_BESIDE_ROOMS:
+        yield f"{package.name}: {len(modules)} modules are in no room, {MODULES_BESIDE_ROOMS} at most: {', '.join(modules)}"
+
+
 def main() -> int:
     root = Path(__file__).resolve().parents[1]
     found = [
@@ -39,6 +50,7 @@ def main() -> int:
         for path in sorted((root / "dist_export").rglob("*.py"))
         for line, what in find_large(path.read_text("utf-8"))
     ]
+    found += find_crowd(root / "dist_export")
     print("\n".join(found) or f"no module above {MODULE_LINES} lines, no function above {FUNCTION_LINES}")
     return 1 if found else 0
 

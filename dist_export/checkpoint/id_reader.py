@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from dist_export.checkpoint.metadata import FIRST_MADE, Checkpoint, MadeColumn
+from dist_export.formats.tuning import STANDARD
 from dist_export.ids.columns import IdRun, Readers, read_runs
 from dist_export.ids.thread_cache import HeldValues
 from dist_export.storage.range_reader import OpenReaders, RangeReader
-from dist_export.tuning import STANDARD
 
 _COLUMNS: HeldValues[np.ndarray] = HeldValues()
 """Columns of ids that are made."""

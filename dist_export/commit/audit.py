@@ -11,6 +11,7 @@ import numpy as np
 from dist_export.commit.row_indexes import RowIndexWriter, WrittenIndex
 from dist_export.errors import CommitError
 from dist_export.formats.recis import Slice, is_in_slice
+from dist_export.formats.tuning import STANDARD
 from dist_export.ids.columns import IdRun, Readers, read_runs
 from dist_export.kernels.selection import select_kernels
 from dist_export.manifest import TableEntry
@@ -19,7 +20,6 @@ from dist_export.plan.dropped_rows import account_for
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
-from dist_export.tuning import STANDARD
 from dist_export.workdir.presence import refusal_of
 
 

@@ -37,6 +37,7 @@ from dist_export.formats.recis import (
 )
 from dist_export.formats.row_encodings import TAIL_BYTES
 from dist_export.formats.triton_layout import find_original
+from dist_export.formats.tuning import STANDARD
 from dist_export.manifest import (
     MANIFEST,
     CastEntry,
@@ -58,7 +59,6 @@ from dist_export.plan.prune_report import count_by_rule
 from dist_export.plan.selection import BY_TRAINER
 from dist_export.redact import redact_text
 from dist_export.storage.directory import Directory
-from dist_export.tuning import STANDARD
 from dist_export.workdir.state import begin_commit
 
 if TYPE_CHECKING:

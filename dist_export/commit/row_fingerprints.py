@@ -24,12 +24,12 @@ from dist_export.formats.row_fingerprints import (
     group_pieces,
     lay_out,
 )
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.manifest import FileEntry, RowFingerprintsEntry, TableEntry
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
 from dist_export.storage.staging import Staging
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.workdir.state import Receipt
 
 

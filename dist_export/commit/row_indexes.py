@@ -24,12 +24,12 @@ from dist_export.formats.row_index import (
     SlotFiller,
     encode_keys,
 )
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.ids.columns import IdRun, Readers, read_runs
 from dist_export.manifest import FileEntry, RowIndexEntry, TableEntry
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.staging import Staging
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.workdir.state import Receipt
 
 _HASHES = 1 << 32

@@ -10,13 +10,13 @@ import xxhash
 
 from dist_export.errors import CommitError
 from dist_export.formats.digests import XXH3, digest_pieces, hash_whole
+from dist_export.formats.tuning import STANDARD
 from dist_export.manifest import RowIndexEntry
 from dist_export.plan.plan import SparsePlan
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.directory import Directory, digest_file, pieces_of
 from dist_export.storage.local_io import close_quietly, naming_any, refuse_zero
 from dist_export.storage.staging import Staging
-from dist_export.tuning import STANDARD
 from dist_export.workdir.state import Receipt, read_receipt, write_receipt
 
 

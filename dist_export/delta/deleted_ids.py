@@ -11,12 +11,12 @@ import numpy as np
 from dist_export.errors import CommitError
 from dist_export.formats.deleted_ids import deleted_name, encode_deleted
 from dist_export.formats.digests import NONE, XXH3, digest_bytes
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.manifest import DeletedIdsEntry, FileEntry
 from dist_export.package.reader import Package
 from dist_export.package.served_table import ServedTable
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.workdir.state import Receipt, write_receipt
 
 Seen = Mapping[tuple[int, int], np.ndarray]

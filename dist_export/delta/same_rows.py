@@ -15,13 +15,13 @@ from dist_export.delta.mismatch import find_ignored
 from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_encodings import RowCast
 from dist_export.formats.row_fingerprints import fingerprint_rows
+from dist_export.formats.tuning import STANDARD
 from dist_export.kernels.selection import select_kernels
 from dist_export.package.reader import Package
 from dist_export.package.row_fingerprints import PartFingerprints
 from dist_export.package.served_table import ServedTable, estimate_bytes
 from dist_export.plan.casts import cast_of
 from dist_export.plan.selection import Selection
-from dist_export.tuning import STANDARD
 
 
 class Compared(NamedTuple):

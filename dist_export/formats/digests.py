@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import xxhash
 
 from dist_export.errors import PackageError
-from dist_export.tuning import STANDARD
+from dist_export.formats.tuning import STANDARD
 
 XXH3 = "xxh3"
 SHA256 = "sha256"

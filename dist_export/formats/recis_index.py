@@ -14,7 +14,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.interning import Numbering
 from dist_export.formats.recis import INDEX, TENSORKEY, Slice, is_payload_name, parse_slice
 from dist_export.formats.strict_json import KeyTwiceError, decode_canonical, decode_object, read_members, show
-from dist_export.tuning import STANDARD
+from dist_export.formats.tuning import STANDARD
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dist_export.formats.tuning import STANDARD
 from dist_export.kernels.selection import select_kernels
-from dist_export.tuning import STANDARD
 
 SUFFIX = ".row_fingerprints"
 """Ends the name of the file that holds the row fingerprints of one shard."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dist_export.errors import CheckpointError
-from dist_export.tuning import STANDARD
+from dist_export.formats.tuning import STANDARD
 
 T = TypeVar("T")
 Result = TypeVar("Result")

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dist_export.formats.tuning import STANDARD
 from dist_export.storage.range_reader import RangeReader
-from dist_export.tuning import STANDARD
 
 ID_BYTES = 8
 

@@ -35,6 +35,7 @@ from dist_export.delta.same_rows import BaseRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
 from dist_export.formats.id_list import IdList
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.ids.lists import read_id_list
 from dist_export.package.reader import Package
 from dist_export.package.served_table import estimate_bytes
@@ -59,7 +60,6 @@ from dist_export.runtime.threads import keep_freed_memory
 from dist_export.storage.directory import Directory
 from dist_export.transfer.duplicates import DuplicateIds, find_duplicate_rows
 from dist_export.transfer.prune_filter import find_pruned
-from dist_export.tuning import STANDARD, Tuning
 
 T = TypeVar("T")
 _DEFAULT_THREADS = 4

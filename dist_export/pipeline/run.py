@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_export.config.schema import ExportConfig
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.manifest import Manifest
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.config_agreement import digest_settings, refuse_different_settings
@@ -18,7 +19,6 @@ from dist_export.reporting.progress import Reporter
 from dist_export.reporting.published import Published
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.ranks import Ranks
-from dist_export.tuning import STANDARD, Tuning
 
 
 def run_export(

@@ -14,6 +14,7 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import DenseMeta
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.fg import Features
+from dist_export.formats.tuning import Tuning
 from dist_export.manifest import FileEntry, Manifest, TableEntry
 from dist_export.model.user_objects import Objects
 from dist_export.package.reader import Package
@@ -26,7 +27,6 @@ from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.transfer.casting import Counts
 from dist_export.transfer.work_done import Share
-from dist_export.tuning import Tuning
 from dist_export.workdir.presence import Written
 from dist_export.workdir.state import Receipt
 

@@ -13,6 +13,7 @@ from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import note_unindexed
 from dist_export.config.schema import ExportConfig
 from dist_export.delta.deleted_ids import list_files
+from dist_export.formats.tuning import Tuning
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
@@ -57,7 +58,6 @@ from dist_export.reporting.summary import summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.casting import refuse_overflow
-from dist_export.tuning import Tuning
 from dist_export.workdir.presence import Written, note_written, refuse_vanished
 
 logger = logging.getLogger(__name__)

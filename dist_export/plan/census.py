@@ -11,8 +11,8 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint, Memory
 from dist_export.errors import CheckpointError, PlanError
+from dist_export.formats.tuning import STANDARD
 from dist_export.plan.target_slices import Targets
-from dist_export.tuning import STANDARD
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

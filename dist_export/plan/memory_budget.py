@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_export.errors import PlanError
-from dist_export.tuning import STANDARD, Tuning
+from dist_export.formats.tuning import STANDARD, Tuning
 
 _MOST_WINDOW_BYTES = 8 << 20
 

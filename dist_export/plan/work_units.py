@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.plan.disk_placement import owners_of
 from dist_export.plan.multipart import FileParts
 from dist_export.plan.plan import SparsePlan
-from dist_export.tuning import STANDARD, Tuning
 
 
 class Unit(NamedTuple):

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dist_export.formats.digests import XXH3, digest_pieces
+from dist_export.formats.tuning import STANDARD
 from dist_export.redact import redact_text
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.local_io import naming_any
 from dist_export.storage.range_reader import RangeReader
-from dist_export.tuning import STANDARD
 
 if TYPE_CHECKING:
     from dist_export.storage.s3 import S3

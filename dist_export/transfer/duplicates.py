@@ -15,6 +15,7 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.formats.recis import mix
+from dist_export.formats.tuning import Tuning
 from dist_export.ids.columns import IdRun, read_runs
 from dist_export.plan.census import share_parts
 from dist_export.plan.memory_budget import DROPPED_ROW_BYTES, MemoryBudget
@@ -22,7 +23,6 @@ from dist_export.plan.prune import Pruning
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import run_threads
 from dist_export.transfer.prune_filter import PruneReader
-from dist_export.tuning import Tuning
 
 _EXCHANGED_ROWS = 1 << 16
 """Rows that all ranks together exchange at a time. gloo allocates the size of the largest share for every rank."""

@@ -10,6 +10,7 @@ from dist_export.checkpoint.id_reader import open_sources, read_id_runs, read_id
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.recis import hash_slots, mix
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.ids.columns import IdRun
 from dist_export.ids.duplicates import HeldIds
 from dist_export.kernels.protocol import IdSweep
@@ -19,7 +20,6 @@ from dist_export.plan.prune import KEPT, Pruning
 from dist_export.plan.target_slices import Targets
 from dist_export.transfer.duplicates import DuplicateIds
 from dist_export.transfer.prune_filter import PruneReader
-from dist_export.tuning import STANDARD, Tuning
 
 
 def take_census(

@@ -8,8 +8,8 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
+from dist_export.formats.tuning import STANDARD
 from dist_export.plan.prune import KEPT, Pruning, match_rules
-from dist_export.tuning import STANDARD
 
 IsPruned = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """(part, rows within the part, their ids) -> which of the rows are pruned (bool)."""

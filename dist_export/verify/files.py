@@ -18,12 +18,12 @@ from dist_export.formats.digests import (
     hash_whole,
     root_digest,
 )
+from dist_export.formats.tuning import STANDARD
 from dist_export.humanize import count
 from dist_export.manifest import MANIFEST, FileEntry, Manifest
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import RangeReader
-from dist_export.tuning import STANDARD
 from dist_export.verify.listing import Listing
 from dist_export.verify.report import Report
 from dist_export.verify.work_split import Work, cut

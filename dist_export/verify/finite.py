@@ -9,10 +9,10 @@ import numpy as np
 from dist_export.errors import DistExportError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.row_encodings import F32, TAIL_BYTES
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.work_split import Work, cut
 
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from dist_export.errors import DistExportError
 from dist_export.formats.recis import Slice, is_in_slice, mix
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.ids.columns import IdRun, read_runs
 from dist_export.ids.duplicates import HeldIds
 from dist_export.kernels.selection import select_kernels
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.work_split import Work, cut
 
 _GPU_KEYS = np.uint64((1 << 64) - 2)

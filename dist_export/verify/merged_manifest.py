@@ -20,8 +20,8 @@ from dist_export.formats.recis import (
     embedding_entry,
 )
 from dist_export.formats.strict_json import KeyTwiceError, read_members
+from dist_export.formats.tuning import STANDARD
 from dist_export.storage.directory import Directory
-from dist_export.tuning import STANDARD
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.parts import FoundParts
 from dist_export.verify.report import Report

@@ -14,12 +14,12 @@ from dist_export.formats.dtypes import I64
 from dist_export.formats.package_signs import list_side_files
 from dist_export.formats.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.formats.row_encodings import U8
+from dist_export.formats.tuning import STANDARD
 from dist_export.humanize import count, few
 from dist_export.manifest import MANIFEST, SCORE_FOLDER, Manifest
 from dist_export.package.reader import Package
 from dist_export.package.stored_rows import is_sound_encoding
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
-from dist_export.tuning import STANDARD
 from dist_export.verify.blocks import Blocks, read_blocks
 from dist_export.verify.delta import open_base
 from dist_export.verify.files import check_sizes, find_parts

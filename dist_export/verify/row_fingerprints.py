@@ -23,12 +23,12 @@ from dist_export.formats.row_fingerprints import (
     find_fault,
     group_pieces,
 )
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.humanize import count
 from dist_export.manifest import MANIFEST, Manifest, PartEntry, RowFingerprintsEntry, TableEntry
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.report import Report
 from dist_export.verify.work_split import FingerprintedPart, Work, cut

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dist_export.errors import EndedError, UserError
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.package.reader import Package
 from dist_export.redact import reason_of
 from dist_export.runtime.joining import alone
@@ -20,7 +21,6 @@ from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import keep_freed_memory, run_threads
 from dist_export.storage.directory import Directory, Location
 from dist_export.storage.urls import open_directory
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.combine import conclude
 from dist_export.verify.delta import PieceCount, count_pieces, cut_pieces, report_delta
 from dist_export.verify.files import ChunkDigests, compare_digests, cut_files, hash_share

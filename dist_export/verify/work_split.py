@@ -10,8 +10,8 @@ import numpy as np
 
 from dist_export.errors import UserError
 from dist_export.formats.row_fingerprints import PartSlots
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.manifest import RowFingerprintsEntry, RowIndexEntry
-from dist_export.tuning import STANDARD, Tuning
 
 MIN_THREAD_BYTES = 8 << 20
 DEFAULT_MEMORY = 512 << 20

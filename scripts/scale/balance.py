@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_export.formats.tuning import STANDARD
 from dist_export.plan.census import share_parts
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.target_slices import plan_targets
 from dist_export.plan.work_units import Unit, assign, plan_units
-from dist_export.tuning import STANDARD
 from dist_export.workdir.state import Receipt
 from scripts.scale import fleet
 

@@ -11,13 +11,13 @@ import numpy as np
 from dist_export.checkpoint.metadata import Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import split_evenly
+from dist_export.formats.tuning import STANDARD
 from dist_export.plan.census import Census
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.selection import select
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import Targets, plan_targets
 from dist_export.storage.urls import open_directory
-from dist_export.tuning import STANDARD
 
 SIZE = 65536
 DIMS = (64, 16, 128, 32, 8, 64, 16, 32, 16, 8, 32, 64)

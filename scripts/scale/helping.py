@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
 
+from dist_export.formats.tuning import STANDARD
 from dist_export.plan.work_units import Unit
 from dist_export.runtime.ranks import Ranks
 from dist_export.transfer import work_stealing
-from dist_export.tuning import STANDARD
 from scripts.scale import logical
 
 SLOWEST, FASTEST = 0.8, 1.25

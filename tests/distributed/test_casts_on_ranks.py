@@ -11,7 +11,7 @@ import pytest
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.tuning import Tuning
+from dist_export.formats.tuning import Tuning
 from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import make_tables, write_checkpoint

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import dist_export
-from dist_export.tuning import Tuning
+from dist_export.formats.tuning import Tuning
 from tests.distributed.test_worlds import bare_manifest
 from tests.support import exports
 from tests.support.distributed.ranks import run_ranks

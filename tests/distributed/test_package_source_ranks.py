@@ -10,7 +10,7 @@ import torch
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.tuning import Tuning
+from dist_export.formats.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.support import exports, tiny_model
 from tests.support.distributed.ranks import run_ranks

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import dist_export
-from dist_export.tuning import Tuning
+from dist_export.formats.tuning import Tuning
 from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import make_tables, write_checkpoint

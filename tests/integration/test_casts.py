@@ -30,6 +30,7 @@ from dist_export.checkpoint.metadata import (
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, DistExportError, ExportError, PlanError
 from dist_export.formats.row_encodings import INT8_ROWWISE, decode_int8
+from dist_export.formats.tuning import Tuning
 from dist_export.inspect.describe import describe, render
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.plan.casts import cast_slots
@@ -40,7 +41,6 @@ from dist_export.plan.target_slices import plan_targets
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import unit_runner
 from dist_export.transfer.casting import cast_blocks
-from dist_export.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.support.fixture_cases import CASES
 from tests.support.properties import examples

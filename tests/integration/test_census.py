@@ -5,13 +5,13 @@ import pytest
 
 from dist_export.errors import CheckpointError, UserError
 from dist_export.formats.recis import mix
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.ids import duplicates
 from dist_export.ids.duplicates import HeldIds
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
 from dist_export.plan.target_slices import plan_targets
 from dist_export.storage.range_reader import LocalReader, RangeReader
 from dist_export.transfer.id_scan import check_unique, take_census
-from dist_export.tuning import STANDARD, Tuning
 from tests.support.kernels import open_best
 from tests.support.recis_writer import (
     PartSpec,

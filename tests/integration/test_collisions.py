@@ -16,11 +16,11 @@ from dist_export.checkpoint.id_reader import read_ids
 from dist_export.checkpoint.managed_collisions import CollisionNames, find_collisions
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, DriftError, ModelError, PlanError
+from dist_export.formats.tuning import Tuning
 from dist_export.plan.census import UniqueTask
 from dist_export.plan.prune import plan_pruning
 from dist_export.plan.target_slices import plan_targets
 from dist_export.transfer.id_scan import check_unique, take_census
-from dist_export.tuning import Tuning
 from tests.support import exports
 from tests.support.collision_cases import EMPTY, MODULES, Model, make_state, make_zch_state, rows_of, weight_of
 from tests.support.dcp_writer import save, write_chunks

@@ -14,8 +14,8 @@ import torch
 import dist_export
 from dist_export.api import Exporter
 from dist_export.errors import CommitError, ConfigError, PlanError
+from dist_export.formats.tuning import Tuning
 from dist_export.pipeline import deltas
-from dist_export.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.integration.test_delta_chains import STATES
 from tests.integration.test_delta_export import export

@@ -12,8 +12,8 @@ import torch
 
 import dist_export
 from dist_export.errors import ConfigError, PlanError, UserError
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.pipeline.deltas import InBase
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.verify import verify
 from tests.support import dcp_writer, exports
 from tests.support.deltas import manifest_of, put_together, read_deleted, read_package

@@ -13,8 +13,8 @@ import pytest
 
 from dist_export.cli import main
 from dist_export.errors import CheckpointError
+from dist_export.formats.tuning import Tuning
 from dist_export.inspect.describe import describe, render
-from dist_export.tuning import Tuning
 from dist_export.verify import delta as delta_check
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify

@@ -19,13 +19,13 @@ from dist_export.commit.audit import check_accounts, check_entries
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ConfigError, PlanError, UserError
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.pipeline.dry_run import render_report
 from dist_export.plan import memory_budget as plan_limits
 from dist_export.plan.dropped_rows import DroppedRows
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import duplicates
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.verify import verify
 from tests.support import tiny_model
 from tests.support.properties import examples

@@ -19,10 +19,10 @@ from dist_export.cli import main
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CommitError, ConfigError, PlanError, UserError
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.manifest import compute_digest
 from dist_export.pipeline import planning as source_room
 from dist_export.transfer.prune_filter import PruneReader, find_pruned
-from dist_export.tuning import STANDARD, Tuning
 from dist_export.verify.verify import verify
 from tests.support import tiny_model
 from tests.support.numbered_cases import numbered_tables, write_numbered

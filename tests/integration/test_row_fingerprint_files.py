@@ -17,12 +17,12 @@ import dist_export
 from dist_export.config.loader import load_config
 from dist_export.errors import CommitError, PackageError, UserError
 from dist_export.formats.digests import digest_bytes
+from dist_export.formats.tuning import Tuning
 from dist_export.inspect.describe import describe, render
 from dist_export.manifest import Manifest, PartEntry, RowFingerprintsEntry, decode_manifest, encode_manifest, seal
 from dist_export.package.row_fingerprints import open_fingerprints
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.storage.staging import Staging
-from dist_export.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.support import sparse_cases
 from tests.support.numbered_cases import numbered_tables, write_numbered

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dist_export.tuning import Tuning
+from dist_export.formats.tuning import Tuning
 from dist_export.verify.verify import verify
 from tests.support.recis_writer import make_tables, write_checkpoint
 from tests.support.sparse_cases import export

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from dist_export.formats.tuning import Tuning
 from dist_export.manifest import Manifest
-from dist_export.tuning import Tuning
 from dist_export.verify import ids as id_check
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify

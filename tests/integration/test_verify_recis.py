@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dist_export.errors import UserError
-from dist_export.tuning import STANDARD, Tuning
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify
 from tests.support.fixture_cases import CASES

@@ -10,10 +10,10 @@ from typing import Any
 
 import dist_export
 from dist_export.config.loader import load_config
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.pipeline.config_agreement import build_and_digest
 from dist_export.pipeline.run import run_export
 from dist_export.runtime.joining import join
-from dist_export.tuning import STANDARD, Tuning
 
 SCORES_OFF = {"score_program": "off"}
 

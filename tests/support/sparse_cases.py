@@ -13,6 +13,7 @@ import numpy as np
 import dist_export
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.pipeline.planning import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.plan import SparsePlan
@@ -24,7 +25,6 @@ from dist_export.storage.staging import Staging
 from dist_export.storage.urls import open_directory
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.unit_runner import UnitRunner
-from dist_export.tuning import STANDARD, Tuning
 from tests.support import exports
 from tests.support.recis_writer import read_back
 

@@ -14,7 +14,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import DENSE_SUFFIX, MergedEntry
 from dist_export.formats.strict_json import KeyTwiceError, read_members, show
-from dist_export.tuning import STANDARD
+from dist_export.formats.tuning import STANDARD
 
 _EMBEDDING = ".embedding"
 """Anywhere in a key, this makes RecIS list a block as an embedding."""

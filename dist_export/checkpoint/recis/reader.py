@@ -28,8 +28,8 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.recis import DENSE_SUFFIX, INDEX, MERGED, TENSORKEY
 from dist_export.formats.recis_index import decode_indexes
 from dist_export.formats.safetensors import Header, decode_header, header_length
+from dist_export.formats.tuning import STANDARD
 from dist_export.storage.directory import Directory
-from dist_export.tuning import STANDARD
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from dist_export.checkpoint.metadata import Blocks, Checkpoint, DenseTensor, Par
 from dist_export.formats.dtypes import CODE_BY_TORCH
 from dist_export.formats.id_list import IdList
 from dist_export.formats.safetensors import decode_header
+from dist_export.formats.tuning import Tuning
 from dist_export.plan.census import Census
 from dist_export.plan.dropped_rows import DroppedRows, account_for, count_kept, drop_nothing
 from dist_export.plan.plan import SparsePlan
@@ -24,7 +25,6 @@ from dist_export.plan.selection import Selection
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import plan_targets
 from dist_export.plan.work_units import assign, plan_units
-from dist_export.tuning import Tuning
 from tests.support.properties import examples
 
 PROPERTY = examples(120)

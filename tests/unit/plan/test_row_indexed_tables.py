@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
+from dist_export.formats.tuning import STANDARD, Tuning
 from dist_export.pipeline.planning import open_checkpoint, plan_sparse
 from dist_export.plan.plan import SparsePlan
 from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
-from dist_export.tuning import STANDARD, Tuning
 from tests.support.dcp_writer import write_chunks
 from tests.support.properties import examples
 from tests.support.sparse_cases import run, tiny

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dist_export.formats.tuning import STANDARD
 from dist_export.plan import work_units as plan_units_module
 from dist_export.plan.work_units import Unit, assign, plan_hash_units, plan_units
 from dist_export.storage.directory import digest_file
 from dist_export.storage.urls import open_directory
-from dist_export.tuning import STANDARD
 from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
 from tests.support.sparse_cases import assert_exact, content, export, plan, run, tiny
 
