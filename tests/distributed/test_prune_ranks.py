@@ -157,7 +157,7 @@ def export_with_a_list_of_its_own(rank: int, sources: str, out: str) -> str:
         import dist_export.pipeline.planning as planning
 
         original = planning.read_id_list
-        planning.read_id_list = lambda path, **settings: original(path.replace("-0", "-1"), **settings)
+        planning.read_id_list = lambda path, **settings: original(path.replace("-0.npy", "-1.npy"), **settings)
     try:
         exports.export(
             settings(sources, out, "stepfilter2", 2) | {"prune": [{"tables": "item_emb", "deny": f"{out}-0.npy"}]}
