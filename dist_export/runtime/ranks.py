@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, cast
 from dist_export.errors import DistExportError, ExportError, StepFailedError
 from dist_export.redact import first_line
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
+from dist_export.runtime.object_exchange import broadcast_bytes, gather_objects
 from dist_export.runtime.process_identity import find_launcher
 from dist_export.runtime.shared_store import SharedStore
 from dist_export.runtime.watchdog import Watchdog
@@ -25,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _ARRIVAL_SECS = 5.0
 
-_SMALL_BYTES = 1024
-"""A result of rank 0 up to this size is sent with the gather that reports how the step went."""
+_SMALL_BYTES = 128
+"""A pickled result of rank 0 up to this size is sent with the gather that reports how the step went, which stays one gather."""
 
 
 class Ranks:
@@ -200,12 +202,9 @@ class Ranks:
             return [cast("T", result)]
         if may_block:
             self._meet(step, raised, failure)
-        import torch.distributed as dist
-
-        outcomes: list[Any] = [None] * self.world_size
         told = (result, None) if failure is None else (result, (*failure, step))
         try:
-            dist.all_gather_object(outcomes, told, group=self._group)
+            outcomes = gather_objects(told, self.world_size, self._group)
         except RuntimeError as error:
             if raised is not None:
                 self._watchdog.fail(_describe(raised, self._watchdog.say_on_disk)[0])
@@ -228,31 +227,24 @@ class Ranks:
         A gather gives every rank room for the largest result of each rank, so larger results are broadcast instead.
         """
         kept: list[T] = []
+        pickled: list[bytes] = []
 
-        def keep() -> bytes | None:
+        def keep() -> bytes | int | None:
             kept.append(work())
             if self.world_size == 1:
                 return None
-            told = pickle.dumps(kept[0])
-            return told if len(told) <= _SMALL_BYTES else None
+            pickled.append(pickle.dumps(kept[0]))
+            return pickled[0] if len(pickled[0]) <= _SMALL_BYTES else len(pickled[0])
 
         told = self.all_gather(step, keep if self.rank == 0 else _nothing)[0]
-        if self.rank > 0 and told is not None:
-            return cast("T", pickle.loads(told))  # noqa: S301 -- it comes from rank 0 of this job, like all exchanged data
-        if self.world_size > 1 and told is None:
-            self._broadcast_large(step, kept)
-        return kept[0]
-
-    def _broadcast_large(self, step: str, kept: list[Any]) -> None:
-        """Copy ``kept`` of rank 0 into ``kept`` of the other ranks. All ranks."""
-        import torch.distributed as dist
-
-        outcomes = kept if self.rank == 0 else [None]
-        try:
-            dist.broadcast_object_list(outcomes, src=0, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(step, error) from error
-        kept[:] = outcomes
+        if isinstance(told, int):
+            try:
+                told = broadcast_bytes(pickled[0] if self.rank == 0 else None, told, self._group)
+            except RuntimeError as error:
+                raise self._lost(step, error) from error
+        if self.rank == 0 or told is None:
+            return kept[0]
+        return cast("T", pickle.loads(told))  # noqa: S301 -- it comes from rank 0 of this job, like all exchanged data
 
     def run(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> T:
         """Run ``work`` on every rank and return this rank's own result, which is not sent to other ranks. All ranks."""
@@ -345,11 +337,9 @@ class Ranks:
         self._wait_to_leave()
         import torch.distributed as dist
 
-        group, self._group = self._group, None
-        if self._owns_default_group:
-            dist.destroy_process_group()
-        else:
-            dist.destroy_process_group(group)
+        kept, self._group = [self._group], None
+        dist.destroy_process_group(None if self._owns_default_group else kept[0])
+        threading.Thread(target=kept.clear).start()  # gloo closes its sockets in 20 ms, for which nobody has to wait
 
     def _wait_to_leave(self) -> None:
         """Let rank 0, which may host the store, leave last. If the export failed, no rank waits."""

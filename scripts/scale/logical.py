@@ -1,7 +1,7 @@
 """Ranks of one export as threads of one process, with the real code of each, and counters where it meets the others.
 
-``Ranks`` is the real one. Below it ``torch.distributed.all_gather_object`` hands over what was pickled, and the job's store is
-a dictionary; both count what the real ones would send. No network, no watchdog: its beats are counted by themselves.
+``Ranks`` is the real one. Below it ``gather_objects`` hands over the objects, and the job's store is a dictionary; both count
+what the real ones would send. No network, no watchdog: its beats are counted by themselves.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch.distributed as dist
 
+from dist_export.runtime import ranks as runtime_ranks
+from dist_export.runtime.object_exchange import FIRST_BYTES, LENGTH_BYTES
 from dist_export.runtime.ranks import Ranks
 
 T = TypeVar("T")
@@ -98,34 +100,37 @@ class Gathers:
         self.world_size = world_size
         self.rounds = 0
         self.largest: list[int] = []
-        """Pickled bytes of the largest contribution, one for each gather; gloo pads all to it."""
+        """Pickled bytes of the largest contribution, one for each gather; all are padded to it."""
         self.broadcasts: list[int] = []
         """Bytes of each broadcast of rank 0; the root of a binomial tree sends them log2(world_size) times, others less."""
         self.own_bytes: Counter[int] = Counter()
-        self._told: Any = None
+        self._told: bytes | None = None
         self._given: list[Any] = [None] * world_size
         self._sizes: list[int] = [0] * world_size
         self._enter = threading.Barrier(world_size, action=self._close_round)
         self._leave = threading.Barrier(world_size)
 
-    def exchange(self, outcomes: list[Any], given: Any, rank: int) -> None:
-        """Do what ``all_gather_object`` does; what is handed over is one object for all, unpickled once."""
+    def exchange(self, given: Any, rank: int) -> list[Any]:
+        """Do what ``gather_objects`` does; what is handed over is one object for all, which nobody unpickles."""
         pickled = pickle.dumps(given)
         self._sizes[rank] = len(pickled)
         self.own_bytes[rank] += len(pickled)
         self._given[rank] = given
         self._enter.wait()
-        outcomes[:] = self._given
+        outcomes = list(self._given)
         self._leave.wait()
+        return outcomes
 
-    def broadcast(self, outcomes: list[Any], rank: int) -> None:
-        """Do what ``broadcast_object_list`` does from rank 0: lengths, then bytes, each down a binomial tree."""
-        if rank == 0:
-            self.broadcasts.append(len(pickle.dumps(outcomes[0])))
-            self._told = outcomes[0]
+    def broadcast(self, data: bytes | None) -> bytes:
+        """Do what ``broadcast_bytes`` does from rank 0, the one with data: the bytes go down a binomial tree."""
+        if data is not None:
+            self.broadcasts.append(len(data))
+            self._told = data
         self._leave.wait()
-        outcomes[0] = self._told
+        told = self._told
         self._leave.wait()
+        assert told is not None
+        return told
 
     def _close_round(self) -> None:
         self.rounds += 1
@@ -138,17 +143,18 @@ class Gathers:
 
     @property
     def messages_of_a_rank(self) -> int:
-        """gloo's allgather is a ring: each rank sends world_size - 1 messages; two rings a gather, lengths first.
+        """gloo's allgather is a ring: each rank sends world_size - 1 messages, and twice as many where what one gives is large.
 
         Of broadcasts it is rank 0's, which sends most.
         """
-        return 2 * self.rounds * (self.world_size - 1) + 2 * len(self.broadcasts) * self._depth
+        rings = self.rounds + sum(size + LENGTH_BYTES > FIRST_BYTES for size in self.largest)
+        return rings * (self.world_size - 1) + len(self.broadcasts) * self._depth
 
     @property
     def bytes_of_a_rank(self) -> int:
         """What each rank sends, and receives: its neighbour's blocks, as long as the largest; of broadcasts rank 0's share."""
-        gathered = (self.world_size - 1) * (sum(self.largest) + 8 * self.rounds)
-        return gathered + self._depth * (sum(self.broadcasts) + 8 * len(self.broadcasts))
+        gathered = sum(max(FIRST_BYTES, size + LENGTH_BYTES) for size in self.largest)
+        return (self.world_size - 1) * gathered + self._depth * sum(self.broadcasts)
 
     @property
     def _depth(self) -> int:
@@ -162,21 +168,19 @@ class _Group:
 
 @contextmanager
 def _replaced() -> Iterator[None]:
-    def all_gather_object(outcomes: list[Any], given: Any, group: _Group) -> None:
-        group.gathers.exchange(outcomes, given, group.rank)
+    def gather_objects(given: Any, world_size: int, group: _Group) -> list[Any]:
+        assert world_size == group.gathers.world_size
+        return group.gathers.exchange(given, group.rank)
 
-    def broadcast_object_list(outcomes: list[Any], src: int, group: _Group) -> None:
-        assert src == 0
-        group.gathers.broadcast(outcomes, group.rank)
+    def broadcast_bytes(data: bytes | None, num_bytes: int, group: _Group) -> bytes:
+        assert data is None or len(data) == num_bytes
+        return group.gathers.broadcast(data)
 
-    replacements: dict[str, Callable[..., None]] = {
-        "all_gather_object": all_gather_object,
-        "broadcast_object_list": broadcast_object_list,
-        "destroy_process_group": lambda _: None,
-    }
-    with ExitStack() as stack:
-        for name, function in replacements.items():
-            stack.enter_context(mock.patch.object(dist, name, function))
+    with (
+        mock.patch.object(runtime_ranks, "gather_objects", gather_objects),
+        mock.patch.object(runtime_ranks, "broadcast_bytes", broadcast_bytes),
+        mock.patch.object(dist, "destroy_process_group"),
+    ):
         yield
 
 

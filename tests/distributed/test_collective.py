@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from dist_export.errors import CheckpointError, ExportError, StepFailedError
 from dist_export.runtime.joining import join
+from dist_export.runtime.object_exchange import FIRST_BYTES, LENGTH_BYTES
 from dist_export.runtime.ranks import Ranks
 from tests.support.distributed.ranks import run_ranks
 
@@ -39,6 +40,20 @@ def test_every_rank_learns_which_rank_failed(tmp_path: Path) -> None:
     run_ranks(share_a_failure, 3, tmp_path / "store")
 
 
+def gather_all_sizes(rank: int) -> None:
+    """What fits beside its length into the first gather, one byte more and less, and what is far larger on one rank."""
+    around = FIRST_BYTES - LENGTH_BYTES - len(pickle.dumps((b"x" * 100, None))) + 100
+    with join(timeout_secs=30) as ranks:
+        for sizes in ([0, 0, 0], *([around + near, 5, around] for near in (-1, 0, 1, 2)), [3, 1_000_000, around + 9]):
+            assert ranks.all_gather("tell", lambda sizes=sizes: bytes([rank]) * sizes[rank]) == [
+                bytes([other]) * size for other, size in enumerate(sizes)
+            ]
+
+
+def test_objects_of_any_size_reach_all_ranks(tmp_path: Path) -> None:
+    run_ranks(gather_all_sizes, 3, tmp_path / "store")
+
+
 def hear_of_rank_0(rank: int) -> None:
     """Small results travel with the gather, large ones by broadcast, and what cannot travel is rank 0's failure."""
 
@@ -47,7 +62,7 @@ def hear_of_rank_0(rank: int) -> None:
         return b"x" * size
 
     with join(timeout_secs=30) as ranks:
-        for size in (0, 10, 3_000_000):
+        for size in (0, 10, 100, 200, 1000, 3_000_000):
             assert ranks.broadcast("build", lambda size=size: build(size)) == b"x" * size
         assert ranks.broadcast("tell nothing", lambda: None) is None
         with pytest.raises((StepFailedError, AttributeError, TypeError, pickle.PicklingError)) as caught:
