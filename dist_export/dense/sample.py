@@ -52,21 +52,13 @@ class Batches:
             raise ModelError(f"dataset is a {type(dataset).__name__}, which cannot be iterated over") from None
 
     def take(self) -> Batch:
-        """Take the next batch. :func:`take_batch` says what counts as one.
+        """Take the next batch.
 
-        It is a copy: a loader may fill one buffer again and again.
+        A 2-tuple that begins with a bool, an int or a one-element tensor is RecIS's ``(stop_flag, data)``; a set flag means
+        that there is no data. The batch is a copy: a loader may fill one buffer again and again.
         """
         batch = _next_batch(self._iterator)
         return dataclasses.replace(batch, data=copy_containers(batch.data))
-
-
-def take_batch(dataset: Any) -> Batch:
-    """Take the first batch. Every rank for itself.
-
-    A 2-tuple that begins with a bool, an int or a one-element tensor is RecIS's ``(stop_flag, data)``; a set flag means
-    that there is no data.
-    """
-    return Batches(dataset).take()
 
 
 def _next_batch(iterator: Iterator[Any]) -> Batch:

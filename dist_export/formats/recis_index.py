@@ -44,17 +44,6 @@ class Indexes:
             return None
         return f"{self.stems[self.stem[place]]}^{self.slices[self.slice[place]]}"
 
-    @property
-    def file_of_key(self) -> dict[str, int]:
-        """Block -> index into ``files``, in the file's order."""
-        return dict(zip(self.keys, self.file.tolist(), strict=True))
-
-    @property
-    def internal_of_key(self) -> dict[str, str]:
-        """Sparse block -> internal name, as in tensorkey.json."""
-        named = np.flatnonzero(self.stem >= 0).tolist()
-        return {self.keys[place]: self.internal_of(place) or "" for place in named} | self.strays
-
 
 class BlockName(NamedTuple):
     """The internal name of a sparse block, split into its parts."""

@@ -9,7 +9,7 @@ import resource
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Protocol
 
 from typing_extensions import Self
 
@@ -25,8 +25,6 @@ OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 """Non-blocking, because opening a pipe with a file's name would block forever."""
 _OTHER_DESCRIPTORS = 200
 """Left for sockets, libraries and the caller's own files."""
-
-ReaderT = TypeVar("ReaderT", bound="RangeReader")
 
 
 class RangeReader(Protocol):

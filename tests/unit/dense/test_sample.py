@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_export.dense.blocks import read_blocks
-from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch, take_batch
+from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
 from dist_export.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -25,14 +25,14 @@ DATA = {"x": torch.arange(6.0).reshape(3, 2)}
     "flag", [False, 0, torch.tensor(False), torch.tensor([0]), torch.zeros(1, 1, dtype=torch.int32)]
 )
 def test_a_stop_flag_is_taken_off(flag) -> None:
-    batch = take_batch([(flag, DATA)])
+    batch = Batches([(flag, DATA)]).take()
     assert batch.is_there
     assert repr(batch.data) == repr(DATA)
 
 
 @pytest.mark.parametrize("flag", [True, 1, torch.tensor(True), torch.tensor([1])])
 def test_a_flag_that_is_set_means_no_data(flag) -> None:
-    assert not take_batch([(flag, DATA), (False, DATA)]).is_there
+    assert not Batches([(flag, DATA), (False, DATA)]).take().is_there
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_a_flag_that_is_set_means_no_data(flag) -> None:
     ids=repr,
 )
 def test_anything_else_is_data_as_it_is(item) -> None:
-    batch = take_batch([item])
+    batch = Batches([item]).take()
     assert batch.is_there
     assert repr(batch.data) == repr(item)
 
 
 def test_a_dataloader_gives_its_first_batch() -> None:
     x, y = torch.arange(8.0), torch.arange(8)
-    batch = take_batch(DataLoader(TensorDataset(x, y), batch_size=4))
+    batch = Batches(DataLoader(TensorDataset(x, y), batch_size=4)).take()
     assert batch.is_there
     torch.testing.assert_close(batch.data[0], x[:4])
     torch.testing.assert_close(batch.data[1], y[:4])
@@ -72,23 +72,23 @@ def test_one_batch_is_taken_from_a_generator_and_no_more() -> None:
             taken.append(i)
             yield {"x": i}
 
-    assert take_batch(batches()).data == {"x": 0}
+    assert Batches(batches()).take().data == {"x": 0}
     assert taken == [0]
 
 
 @pytest.mark.parametrize("empty", [[], iter(()), (x for x in ()), {}])
 def test_the_end_is_no_batch(empty) -> None:
-    assert not take_batch(empty).is_there
+    assert not Batches(empty).take().is_there
 
 
 def test_none_may_be_a_batch() -> None:
-    assert take_batch([None]).is_there
+    assert Batches([None]).take().is_there
 
 
 @pytest.mark.parametrize("dataset", [None, 5, object()])
 def test_what_cannot_be_iterated_is_refused(dataset) -> None:
     with pytest.raises(ModelError, match=f"dataset is a {type(dataset).__name__}, which cannot be iterated"):
-        take_batch(dataset)
+        Batches(dataset).take()
 
 
 class Arch(nn.Module):

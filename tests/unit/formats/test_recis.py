@@ -33,8 +33,8 @@ def test_files_come_in_the_order_of_their_numbers_and_extra_keys_are_ignored():
         {"a": "t@id^0@1@1"},
     )
     assert found.files == ("y.safetensors", "x.safetensors")
-    assert found.file_of_key == {"a": 1}
-    assert found.internal_of_key == {"a": "t@id^0@1@1"}
+    assert (tuple(found.keys), found.file.tolist()) == (("a",), [1])
+    assert found.internal_of(0) == "t@id^0@1@1"
 
 
 def test_a_checkpoint_without_blocks_has_empty_maps():
