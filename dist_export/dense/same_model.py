@@ -29,20 +29,21 @@ def copy_same_arch(ranks: Ranks, model: nn.Module, arches: tuple[nn.Module, nn.M
         ModelError: on all ranks, if the ranks have different models; it names the first difference and the ranks.
     """
     sparse_arch, dense_arch = arches
-    kept: list[tuple[nn.Module, Structure | None]] = []
+    kept: list[nn.Module] = []
+    described: list[Structure] = []
 
     def copy() -> str:
-        copied = copy_dense_arch(dense_arch)
-        structure = describe_structure(model, sparse_arch, copied) if ranks.world_size > 1 else None
-        kept.append((copied, structure))
-        return "" if structure is None else structure.digest
+        kept.append(copy_dense_arch(dense_arch))
+        if ranks.world_size == 1:
+            return ""
+        described.append(describe_structure(model, sparse_arch, kept[0]))
+        return described[0].digest
 
     digests = ranks.all_gather("copy the dense arch", copy, may_block=True)
-    copied, mine = kept[0]
     if len(set(digests)) > 1:
-        every = ranks.all_gather("tell the structure of the model", lambda: mine)
+        every = ranks.all_gather("tell the structure of the model", lambda: described[0])
         ranks.check("compare the structure of the models", lambda: refuse_other_models(every))
-    return copied
+    return kept[0]
 
 
 @dataclass(frozen=True, slots=True)
