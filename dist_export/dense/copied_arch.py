@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dist_export.checkpoint.dense import DenseParameters
+from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import ModelValues
 from dist_export.dense.load_hooks import check_load_hooks, naming_hooks
 from dist_export.dense.load_state import list_taken, load_dense_parameters
@@ -22,7 +23,7 @@ from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, SPARSE_DI
 from dist_export.dense.reachable_tables import find_tables
 from dist_export.errors import ConfigError, ModelError
 from dist_export.humanize import few
-from dist_export.model.unwrap import find_arch, refuse_outer_flat
+from dist_export.model.unwrap import find_arch, is_lazy, refuse_outer_flat
 from dist_export.model.user_errors import said
 
 
@@ -95,10 +96,11 @@ def load_copy(
     ``tables`` are names of the checkpoint's, which give the sparse arch its rows. The model must not have run yet.
 
     Raises:
-        ModelError: parameters are missing, or are too many, and no setting allows it.
+        ModelError: parameters are missing, or are too many, and no setting allows it; or lazy modules have none yet.
     """
     name = config.dense_model_name
     if parameters is None:
+        _refuse_lazy(copied, name)
         prefix = f"{name}." if name else ""
         held = [
             (prefix + key, str(value.dtype).removeprefix("torch."), tuple(value.shape))
@@ -108,6 +110,7 @@ def load_copy(
         # without ckpt_dir all of the program is the model's own, and no two exports are the same one
         own_values = {} if config.ckpt_dir is None else _describe_own_values(copied, {}, model, name)
         return LoadedCopy(parameters=held, taken=frozenset(key for key, _, _ in held), own_values=own_values)
+    _refuse_lazy(find_arches(model, config)[0], config.sparse_model_name)
     state = parameters.load()
     own_values = _describe_own_values(copied, state, model, name)
     own_values |= _describe_sparse_values(model, config, [*state, *tables])
@@ -121,8 +124,19 @@ def load_copy(
             allow_unexpected=config.allow_unexpected_dense,
             where=parameters.where,
         )
+    _refuse_lazy(copied, name)
     notes = (*notes, *check_load_hooks(model, config))
     return LoadedCopy(notes, taken=taken, own_values=own_values)
+
+
+def _refuse_lazy(module: nn.Module, path: str) -> None:
+    """Refuse lazy modules that nothing has given a shape: their first batch would fill them with random numbers."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    if lazy := [plain_name(f"{path}.{name}" if path else name) for name, tensor in named if is_lazy(tensor)]:
+        raise ModelError(
+            f"{few(lazy)} have neither shape nor values yet (lazy modules). Give the model that was trained; where the "
+            "checkpoint has their values, call the model once on a batch before it is handed over"
+        )
 
 
 def _patterns_of_dense(model: Any, config: ModelValues) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dist_export.dense.sample_rows import SampleRows
+from dist_export.model.unwrap import is_lazy
 
 _DEPTH = 6
 _MOST_ITEMS = 10_000
@@ -25,7 +26,7 @@ _MOST_ITEMS = 10_000
 
 def address_of(tensor: torch.Tensor) -> int:
     """Return the address of a tensor's storage, 0 for one that has no memory of its own."""
-    if tensor.layout != torch.strided or hasattr(tensor, "device_mesh"):
+    if is_lazy(tensor) or tensor.layout != torch.strided or hasattr(tensor, "device_mesh"):
         return 0
     try:
         return tensor.untyped_storage().data_ptr()

@@ -27,7 +27,7 @@ from dist_export.dense.sample import SAMPLE, copy_containers
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import DistExportError, ModelError
-from dist_export.model.unwrap import is_lazy, unwrap
+from dist_export.model.unwrap import copy_lazy, is_lazy, unwrap
 from dist_export.model.user_errors import blame, said
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.runtime.ranks import Ranks
@@ -97,10 +97,10 @@ class ReferenceRunner:
         """
         ranks = self._ranks
         own = self._dense_arch
-        if any(is_lazy(tensor) for tensor in (*own.parameters(), *own.buffers())):
-            # a run would fix its shapes for good: a copy runs in its place
-            self._dense_arch = copy.deepcopy(own)
-            self._fall_back("the dense arch has parameters without a shape (lazy modules)")
+        lazy = [tensor for tensor in (*own.parameters(), *own.buffers()) if is_lazy(tensor)]
+        if lazy:  # a run would fix its shapes for good: a copy runs in its place
+            self._dense_arch = copy.deepcopy(own, {id(tensor): copy_lazy(tensor) for tensor in lazy})
+            self._fall_back("the dense arch has parameters without a shape (lazy modules, until the model is called)")
         try:
             with state_put_back(self._dense_arch), ready_to_load(self._dense_arch):
                 if load is not None:

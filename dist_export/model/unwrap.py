@@ -175,6 +175,11 @@ def is_lazy(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
+def copy_lazy(tensor: Any) -> Any:
+    """Return another parameter or buffer without a shape: torch refuses to copy such a buffer."""
+    return type(tensor)(tensor.requires_grad, tensor.data.device, tensor.data.dtype)
+
+
 @contextlib.contextmanager
 def _whole_parameters(module: nn.Module) -> Iterator[None]:
     """Give FSDP (version 1) modules their whole parameters while the block runs."""
@@ -206,7 +211,7 @@ class _Copier:
         """Make all module copies with their tensors first, so that references among modules and views of tensors find them."""
         original = unwrap(wrapped)
         if id(original) not in self._memo:
-            kind = _plain_class(original)
+            kind = plain_class(original)
             new = kind.__new__(kind)
             self._memo[id(original)] = new
             self._inner.append((original, new))
@@ -232,7 +237,10 @@ class _Copier:
                 new.__dict__[name] = None
             elif name.endswith("_hooks") and isinstance(value, dict):
                 own = {key: hook for key, hook in value.items() if not _is_foreign(hook)}
-                new.__dict__[name] = type(value)((key, self._copy_attribute(hook, new)) for key, hook in own.items())
+                hooks = type(value)((key, self._copy_attribute(hook, new)) for key, hook in own.items())
+                new.__dict__[name] = self._memo[id(value)] = (
+                    hooks  # a handle within the module removes its hook from there
+                )
             else:
                 new.__dict__[name] = self._copy_attribute(value, original)
 
@@ -241,7 +249,7 @@ class _Copier:
             return None
         if id(tensor) not in self._memo:
             if is_lazy(tensor):
-                self._memo[id(tensor)] = copy.deepcopy(tensor)
+                self._memo[id(tensor)] = copy_lazy(tensor)
                 return self._memo[id(tensor)]  # type: ignore[no-any-return]
             whole = _as_plain(_gather(tensor, owner)).clone()
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -355,7 +363,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
+def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the user wrote: FSDP2's ``fully_shard`` replaces it with a subclass."""
     if not is_fully_sharded(module):
         return type(module)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Joinable
 
 from dist_export.errors import ModelError
-from dist_export.model.unwrap import copy_dense_arch, move_to, unwrap
+from dist_export.model.unwrap import copy_dense_arch, is_lazy, move_to, unwrap
 
 
 def make_net() -> nn.Sequential:
@@ -224,3 +224,14 @@ def test_a_scripted_module_is_refused(is_inner: bool) -> None:
     with pytest.raises(ModelError, match=r"scripted by torch.jit \((0|itself)\)") as caught:
         copy_dense_arch(nn.Sequential(scripted) if is_inner else scripted)
     assert caught.value.exit_code == 2
+
+
+def test_lazy_modules_stay_lazy_until_their_copy_is_loaded() -> None:
+    net = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    plain, trained = copy_dense_arch(net), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    plain.load_state_dict(trained.state_dict())
+    x = torch.randn(5, 3)
+    for _ in range(2):  # the first run removes a hook
+        torch.testing.assert_close(plain(x), trained(x), rtol=0, atol=0)
+    assert is_lazy(net[0].weight)
+    assert is_lazy(net[1].running_mean)
