@@ -171,7 +171,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "kind": "package" if manifest.base is msgspec.UNSET else "delta package",
         "path": directory.url,
         "mode": manifest.mode,
-        "source": f"{manifest.source.path} ({manifest.source.format})".lstrip()
+        "source": f"{manifest.source.path_for_people} ({manifest.source.format})"
         + (f", {manifest.source.other_rows}" if manifest.source.other_rows else ""),
         "shards": manifest.num_shards,
         "files": len(manifest.files),
