@@ -139,10 +139,10 @@ def _find_embedding(entry: TableEntry, found: FoundTable | None) -> SlotEntry:
     if not fits or len(embedding.shape) != 1 or row_bytes != row_of_base:
         width = row_bytes // 4 if kind == FLOAT else row_bytes - 8
         is_for_int8 = width == dim and kind != FLOAT
-        told = "a base whose table is exported with dtype: int8, or dump float32" if is_for_int8 else "a base of the same model"
+        told = "whose table is exported with dtype: int8, or dump float32" if is_for_int8 else "of the same model"
         raise PlanError(
             f"{found.where}: rows of {found.name!r} have {width} values of {kind}, and those of table {entry.name!r} in the base "
-            f"{dim} of {precision}, to which they cannot be brought. Give {told}"
+            f"{dim} of {precision}, to which they cannot be brought. Give a base {told}"
         )
     return embedding
 
