@@ -112,7 +112,10 @@ def parse_with_extras(
         settings |= _read_yaml(path)
     values, others = read_arguments(rest, {**SETTINGS, **extras}, values=_to_types(settings), kind="setting")
     if others:
-        raise ConfigError(f"{others[0]!r} belongs to no option; settings are given as --key value")
+        raise ConfigError(
+            f"{others[0]!r} belongs to no option; settings are given as --key value, and a command, such as verify, goes before "
+            "all options"
+        )
     extra_values = {name: values.pop(name, option.default) for name, option in extras.items()}
     more = {} if defaults is None else defaults({**dict.fromkeys(settings), **values, **extra_values})
     return _build({**more, **{name: value for name, value in values.items() if value is not None}}), extra_values

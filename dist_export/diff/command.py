@@ -20,8 +20,8 @@ from dist_export.storage.urls import open_place
 USAGE = (
     "usage: dist_export diff A B [--key value ...]\n\nCompare two packages: rows, dense parameters, inputs, outputs, and "
     "scores of A's sample. A delta package is compared with the rows of its base. One of the two may be a checkpoint: then rows "
-    "alone are compared. Exit code 0: serving gets the same from both; 1: not the same; 2: one cannot be read. Under torchrun "
-    "the ranks share the rows."
+    "and dense parameters are compared, and no scores. Exit code 0: serving gets the same from both; 1: not the same; 2: one "
+    "cannot be read. Under torchrun the ranks share the rows."
 )
 OPTIONS = {
     **PATH_OPTIONS,

@@ -138,7 +138,7 @@ def _compare_settings(a: Manifest, b: Manifest) -> dict[str, tuple[str, str]]:
         return {
             "mode": manifest.mode,
             "num_shards": f"{manifest.num_shards:,}",
-            "source": manifest.source.path,
+            "source": manifest.source.path_for_people,
             "base": "none" if manifest.base is msgspec.UNSET else manifest.base.path,
             "slots with older values": few(manifest.list_older_slots()) or "none",
             "prune": msgspec.json.encode(rules).decode() if rules else "no rules",

@@ -35,6 +35,11 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Of a trainer's dumps: the files that were read."""
 
     @property
+    def path_for_people(self) -> str:
+        """The path; of a source without one, words."""
+        return self.path or ("the model in memory" if self.format == "live" else "no checkpoint")
+
+    @property
     def was_renamed(self) -> bool:
         """Whether tables had other names in the checkpoint than in the package that was the source."""
         return not isinstance(self.earlier, msgspec.UnsetType) and RENAMED in self.earlier

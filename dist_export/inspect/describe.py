@@ -156,9 +156,8 @@ def _describe_chain(directory: Directory, manifest: Manifest) -> dict[str, Any]:
         links, lack = follow(directory, manifest)
     except ConfigError as error:
         return {"lack": f"needs a package that cannot be looked at: {error}"}
-    if len(links) == 1 or (len(links) == 2 and not lack):
-        return {}
-    return {"chain": [place.url for place, _ in links], **({"lack": lack} if lack else {})}
+    chain = {"chain": [place.url for place, _ in links]} if len(links) > 2 or (len(links) == 2 and lack) else {}
+    return {**chain, **({"lack": lack} if lack else {})}
 
 
 def _describe_package(directory: Directory) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "kind": "package" if manifest.base is msgspec.UNSET else "delta package",
         "path": directory.url,
         "mode": manifest.mode,
-        "source": f"{manifest.source.path} ({manifest.source.format})".lstrip()
+        "source": f"{manifest.source.path_for_people} ({manifest.source.format})"
         + (f", {manifest.source.other_rows}" if manifest.source.other_rows else ""),
         "shards": manifest.num_shards,
         "files": len(manifest.files),

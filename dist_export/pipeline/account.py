@@ -220,8 +220,8 @@ def note_dense_left(names: Sequence[str], checkpoint: Checkpoint) -> list[str]:
         return []
     listed = "The merged manifest lists them, as RecIS's does; with" if checkpoint.is_of_recis else "With"
     note = (
-        f"{count(len(names), 'dense tensor')} of the checkpoint ({few(names)}): no file of the package holds their values, for "
-        f"tables alone are exported. {listed} model and dataset they are in the exported program"
+        f"{count(len(names), 'dense tensor')} of the checkpoint ({few(names)}): no file of the package holds their values, "
+        f"because only tables are exported. {listed} model and dataset they are in the exported program"
     )
     return [note]
 

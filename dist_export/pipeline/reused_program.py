@@ -68,8 +68,8 @@ class TakenOver:
         is_plain = folder is None or not ("/" in folder or folder.startswith("."))
         if has_own or not is_plain or plan.is_copy or not keeps_rows(plan, manifest):
             note = (
-                f"{source.url} is a package; of it the tables are exported, and {told} are not carried over, which only an "
-                "export does that changes no row or default row and leaves out no table. Export from the checkpoint for a "
+                f"{source.url} is a package. Its tables are exported; {told} are not carried over. That needs new shards with "
+                "the same rows, default rows and tables, and settings without model, fg and mc. Export from the checkpoint for a "
                 "package with a program"
             )
             return [note]

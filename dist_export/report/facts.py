@@ -80,7 +80,10 @@ def _describe_package(manifest: Manifest, where: str) -> Iterable[tuple[str, str
             f"{manifest.base.path} ({manifest.base.digest}). Rows here are the delta's own, without the base's",
         )
     yield "Mode", _MODES.get(manifest.mode, manifest.mode)
-    yield "Source", f"{source.path} ({source.format}), {count(source.num_files, 'file')}, {amount(source.num_bytes)}"
+    yield (
+        "Source",
+        f"{source.path_for_people} ({source.format}), {count(source.num_files, 'file')}, {amount(source.num_bytes)}",
+    )
     yield "Training step", "not known" if source.dense_step is None else f"{source.dense_step:,}"
     if source.other_rows:
         yield "Step of the rows", f"{source.other_rows}, not that of the dense part"

@@ -304,7 +304,10 @@ def test_inspect_of_a_full_package_says_nothing_of_deltas(written: Deltas) -> No
 
 def test_inspect_needs_no_base(delta: Path) -> None:
     edit(delta, lambda document: document["base"].update(path="/nowhere/base"))
-    assert describe(str(delta))["base"]["path"] == "/nowhere/base"
+    found = describe(str(delta))
+    assert found["base"]["path"] == "/nowhere/base"
+    assert "chain" not in found
+    assert any("lack       it" in line and "/nowhere/base" in line for line in render(found))
 
 
 @pytest.mark.parametrize("settings", [{}, {"format": "recis"}, {"format": "safetensors", "treat_as_tables": ["t*"]}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_one_program_gives_the_same_bytes_twice() -> None:
     traced = trace(lambda net, x: net.linear(x["a"]) + x["b"].sum(1, keepdim=True))
     contents = {onnx_format.make_onnx(traced, ["out"], {})[0] for _ in range(2)}
     assert len(contents) == 1
+
+
+def test_the_libraries_of_onnx_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """They tell of each pass and each node at the level at which an export tells of its stages."""
+    traced = trace(lambda net, x: net.linear(torch.cat([x["a"], x["a"]], 1)[:, :3]), {"a": torch.rand(5, 3)})
+    with caplog.at_level(logging.INFO):
+        onnx_format.make_onnx(traced, ["out"], {})
+    assert [record.name for record in caplog.records if "onnx" in record.name] == []
 
 
 def test_onnxruntime_alone_scores_as_the_program_does(package: Path) -> None:

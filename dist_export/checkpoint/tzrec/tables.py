@@ -138,9 +138,11 @@ def _find_embedding(entry: TableEntry, found: FoundTable | None) -> SlotEntry:
     fits = precision == "float32" or precision in _CASTS if kind == FLOAT else precision == INT8_ROWWISE
     if not fits or len(embedding.shape) != 1 or row_bytes != row_of_base:
         width = row_bytes // 4 if kind == FLOAT else row_bytes - 8
+        is_for_int8 = width == dim and kind != FLOAT
+        told = "whose table is exported with dtype: int8, or dump float32" if is_for_int8 else "of the same model"
         raise PlanError(
             f"{found.where}: rows of {found.name!r} have {width} values of {kind}, and those of table {entry.name!r} in the base "
-            f"{dim} of {precision}, to which they cannot be brought"
+            f"{dim} of {precision}, to which they cannot be brought. Give a base {told}"
         )
     return embedding
 

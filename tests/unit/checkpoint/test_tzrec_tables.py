@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_export.checkpoint.tzrec.parquet import FLOAT
+from dist_export.checkpoint.tzrec.parquet import FLOAT, QUANTIZED
 from dist_export.checkpoint.tzrec.spool import Kind
 from dist_export.checkpoint.tzrec.tables import FoundTable, match_tables
 from dist_export.errors import PlanError
@@ -90,3 +90,11 @@ def test_a_last_part_that_several_tables_have_is_no_name() -> None:
 def test_a_table_of_no_base_lists_those_of_the_base() -> None:
     with pytest.raises(PlanError, match=r"'c.other' is no table of the base; the base has a, b"):
         match("c.other", base_of(entry("a"), entry("b")))
+
+
+def test_rows_that_do_not_fit_the_base_say_what_to_export() -> None:
+    """Quantised dumps need a base of int8, and a dump of another width another base."""
+    with pytest.raises(PlanError, match="Give a base whose table is exported with dtype: int8, or dump float32"):
+        match_tables({"item": FoundTable("item", Kind(QUANTIZED, 12), "file")}, base_of(entry("item")), "there")
+    with pytest.raises(PlanError, match="Give a base of the same model"):
+        match_tables({"item": FoundTable("item", Kind(FLOAT, 20), "file")}, base_of(entry("item")), "there")

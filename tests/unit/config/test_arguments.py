@@ -80,6 +80,7 @@ def test_a_form_of_an_option(arguments: list[str], name: str, expected: Any) -> 
         (["--storage_options", "{1: hunter2}"], "storage_options has keys that are no text"),
         (["--storage_options.a", "[hunter2"], "storage_options.a is no YAML"),
         (["stray"], "'stray' belongs to no option"),
+        (["compact"], "a command, such as verify, goes before all options"),
         (["-x"], "'-x' belongs to no option"),
         (["--", "x"], "is no setting"),
     ],

@@ -134,6 +134,13 @@ def read(page: bytes) -> Collector:
 # ---- facts ----
 
 
+def test_a_model_in_memory_is_a_source_with_a_name() -> None:
+    """A source without a path would leave a gap in the page."""
+    live = SourceEntry(path="", format="live", fingerprint="", num_files=0, num_bytes=0)
+    facts = facts_of(manifest_of(["a"], source=live))
+    assert dict(facts["overview"])["Source"] == "the model in memory (live), 0 files, 0 B"
+
+
 def test_a_table_has_its_bytes_rows_and_norms() -> None:
     facts = facts_of(manifest_of(["a"]))
     (found,) = facts["tables"]
