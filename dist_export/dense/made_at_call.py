@@ -13,6 +13,7 @@ from torch import nn
 from dist_export.checkpoint.model_weights import is_below, plain_name
 from dist_export.humanize import few
 from dist_export.model.sparse_tables import keeps_tables
+from dist_export.model.unwrap import is_of_caller
 
 _CONTAINERS = (Mapping, list, tuple, set, frozenset)
 _DEPTH = 4
@@ -58,7 +59,7 @@ def list_modules(path: str, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if keeps_tables(module):
             passed.append(name)
-        elif not all(kind.__module__.startswith(("torch.", "builtins")) for kind in type(module).__mro__):
+        elif is_of_caller(module):
             yield ".".join(part for part in (path, name) if part), module
 
 

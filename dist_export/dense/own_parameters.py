@@ -20,10 +20,12 @@ from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS, distinct_name
 from dist_export.dense.load_hooks import has_load_hooks
 from dist_export.errors import ModelError
 from dist_export.model.managed_collisions import is_collision_module
-from dist_export.model.unwrap import is_fully_sharded, is_lazy
+from dist_export.model.unwrap import is_fully_sharded, is_lazy, is_of_caller
 
 _MOST_BYTES = 64 << 20
 """A buffer that is larger is not copied in order to put it back."""
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 @contextlib.contextmanager
@@ -50,12 +52,22 @@ def state_put_back(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_put_back(module: nn.Module) -> Iterator[None]:
-    """Put the buffers of ``module`` back when the block ends: a forward may count or cache. Any rank, for itself."""
+    """Put the buffers of ``module`` back when the block ends: a forward may count or cache. Any rank, for itself.
+
+    If one has changed, what modules of the caller's classes have noted in plain attributes is put back too: a forward that
+    fills a buffer once knows by a flag or a length that it has, and would never fill it again.
+    """
     owners = [child._buffers for child in module.modules()]  # noqa: SLF001 -- the very places that a forward fills anew
     kept = _keep(owners, most_bytes=_MOST_BYTES)
+    noted = [(child, _list_plain(child)) for child in module.modules() if is_of_caller(child)]
     try:
         yield
     finally:
+        if any(_has_changed(*buffer) for buffer in kept):
+            for child, attributes in noted:
+                for name in _list_plain(child).keys() - attributes.keys():
+                    delattr(child, name)
+                vars(child).update(attributes)
         _put_back(kept)
 
 
@@ -67,6 +79,14 @@ def own_tensors_put_back(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         _put_back(kept)
+
+
+def _list_plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+
+
+def _has_changed(owner: Mapping[str, Any], name: str, tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    return owner.get(name) is not tensor or not torch.equal(local_part(tensor), values)
 
 
 def _keep(

@@ -175,6 +175,11 @@ def is_lazy(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
+def is_of_caller(module: nn.Module) -> bool:
+    """Return whether a module's class is not one of torch's own, nor one that FSDP has made of such a class."""
+    return not all(kind.__module__.startswith(("torch.", "builtins")) for kind in type(module).__mro__)
+
+
 def copy_lazy(tensor: Any) -> Any:
     """Return another parameter or buffer without a shape: torch refuses to copy such a buffer."""
     return type(tensor)(tensor.requires_grad, tensor.data.device, tensor.data.dtype)

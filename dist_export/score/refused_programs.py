@@ -44,7 +44,8 @@ def refuse_changed_state(program: ExportedProgram) -> None:
     if changed := find_changed_state(program):
         names = ", ".join(map(_in_model, changed))
         raise NotExportableError(
-            f"forward changes {names}, and its outputs depend on that: they would be others from call to call"
+            f"forward changes {names}, and its outputs depend on that: they would be others from call to call. If "
+            "it fills them once, do so in __init__, or call the model once before it is exported"
         )
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import dist_export
 from dist_export.dense.clock_reads import note_clock
 from dist_export.dense.made_at_call import BeforeCall
 from tests.support import exports, tiny_model
@@ -279,3 +280,79 @@ def test_a_step_that_the_dense_arch_counts_in_training_is_told(is_live: bool, tm
     notes = export(Model(Sparse(), WarmUp()), tmp_path, is_live=is_live)
     told = [note for note in notes if "dense_arch.step in its forward and makes scores of it" in note]
     assert len(told) == (not is_live)
+
+
+class FilledOnce(nn.Module):
+    """Fills a buffer at its first call, and knows by a number that it has, as caches of positions do."""
+
+    def __init__(self, *, is_rebound: bool) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.zeros(tiny_model.DIM), persistent=False)
+        self.cached, self.is_rebound = 0, is_rebound
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self.cached:
+            filled = torch.arange(float(tiny_model.DIM)).cos()
+            if self.is_rebound:
+                self.positions = filled
+            else:
+                self.positions.copy_(filled)
+            self.cached = tiny_model.DIM
+        return rows + self.positions
+
+
+class WithPositions(nn.Module):
+    def __init__(self, arch: nn.Module, filled: FilledOnce) -> None:
+        super().__init__()
+        self.arch, self.filled = arch, filled
+
+    def forward(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if isinstance(self.arch, Dense):
+            return self.arch(given | {"user": self.filled(given["user"])})
+        blocks = self.arch(given)
+        return blocks | {"user": self.filled(blocks["user"])}
+
+
+@pytest.mark.parametrize("is_rebound", [False, True])
+@pytest.mark.parametrize("place", ["sparse", "dense"])
+def test_a_buffer_that_is_filled_once_is_filled_in_each_run(place: str, is_rebound: bool, tmp_path: Path) -> None:
+    """It was put back and the number was not, so that the reference and the package both had zeros."""
+
+    def build() -> Model:
+        arches = {"sparse": Sparse(), "dense": Dense()}
+        arches[place] = WithPositions(arches[place], FilledOnce(is_rebound=is_rebound))  # type: ignore[assignment]
+        return Model(arches["sparse"], arches["dense"])
+
+    batches = [{"user": torch.arange(6) + at, "item": torch.arange(6)} for at in range(3)]
+    torch.manual_seed(0)
+    trained = build()
+    torch.save(trained.state_dict(), tmp_path / "model.pt")
+    with torch.no_grad():
+        blocks = trained.sparse_arch(batches[2])
+        expected = trained(batches[2])["ctr"]
+    torch.manual_seed(1)
+    model = build()
+    before = model.state_dict()
+    exports.exporter(
+        model,
+        "sparse_arch",
+        "dense_arch",
+        batches,
+        str(tmp_path / "model.pt"),
+        str(tmp_path / "out"),
+        score_program="auto",
+    ).export()
+    filled = next(module for module in model.modules() if isinstance(module, FilledOnce))
+    assert not filled.cached
+    assert not filled.positions.any()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with dist_export.open_package(tmp_path / "out") as package:
+        scores = package.load_program().module()(**{name: block.detach() for name, block in blocks.items()})
+        torch.testing.assert_close(
+            scores["ctr"] if isinstance(scores, dict) else scores[0], expected, rtol=0, atol=1e-6
+        )
+        if place == "sparse" and not is_rebound:  # the trace has the write, and cannot know that it comes once
+            assert any("or call the model once before it is exported" in note for note in package.manifest.notes)
+        else:
+            score = torch.from_numpy(package.score({name: ids.numpy() for name, ids in batches[2].items()})["ctr"])
+            torch.testing.assert_close(score, expected, rtol=0, atol=1e-6)
