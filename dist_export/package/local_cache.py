@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ class LocalCache:
         self._folder = Path(folder) / digest.rpartition(":")[2]
         self._files = files
         self._mapped: dict[tuple[str, int, int], np.ndarray] = {}
+        self._lock = threading.Lock()
 
     def map(self, name: str, begin: int, num_bytes: int) -> np.ndarray:
         """Return a range of a file, uint8 of shape (num_bytes,). It is fetched only once.
@@ -38,19 +40,25 @@ class LocalCache:
             UserError: the directory cannot be written.
         """
         mapped = self._mapped.get((name, begin, num_bytes))
-        if mapped is None:
-            path = self._folder / f"{xxhash.xxh3_128_hexdigest(name.encode())}-{begin}-{num_bytes}"
-            try:
-                if not _is_whole(path, num_bytes):
-                    self._fetch(name, begin, num_bytes, path)
-                mapped = np.memmap(path, np.uint8, "r")[:num_bytes]
-            except OSError as error:
-                raise UserError(
-                    f"cache_dir: {error.filename or path} cannot be used: {error.strerror or error}; give a directory that can "
-                    "be written, or none"
-                ) from error
-            self._mapped[name, begin, num_bytes] = mapped
+        if mapped is not None:
+            return mapped
+        with self._lock:  # threads that begin together fetch a range once
+            mapped = self._mapped.get((name, begin, num_bytes))
+            if mapped is None:
+                mapped = self._mapped[name, begin, num_bytes] = self._map(name, begin, num_bytes)
         return mapped
+
+    def _map(self, name: str, begin: int, num_bytes: int) -> np.ndarray:
+        path = self._folder / f"{xxhash.xxh3_128_hexdigest(name.encode())}-{begin}-{num_bytes}"
+        try:
+            if not _is_whole(path, num_bytes):
+                self._fetch(name, begin, num_bytes, path)
+            return np.memmap(path, np.uint8, "r")[:num_bytes]
+        except OSError as error:
+            raise UserError(
+                f"cache_dir: {error.filename or path} cannot be used: {error.strerror or error}; give a directory that can "
+                "be written, or none. An export against a base in a store needs a TMPDIR with room"
+            ) from error
 
     def _fetch(self, name: str, begin: int, num_bytes: int, path: Path) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -195,30 +197,37 @@ def describe_base(base: Package, *, has_dense: bool = False) -> BaseEntry:
 
 
 def open_base(
-    ranks: Ranks, path: str | None, digest: str, final: Directory, *, storage_options: dict[str, Any]
+    ranks: Ranks, config: BaseOfDelta, digest: str, final: Directory, *, held: contextlib.ExitStack
 ) -> Package | None:
-    """Open the base, which is the directory ``path``; None without one. All ranks. ``final`` is export_dir.
+    """Open the base, which is the directory ``config.base``; None without one. All ranks. ``final`` is export_dir.
+
+    ``held`` closes it. The ids and row indexes of a base in a store that a rank asks for are in its TMPDIR until then: rows are
+    looked up in pieces, of which each needs them.
 
     Raises:
         ConfigError: it is the base, which the delta would replace.
         ExportError: a rank finds another package there.
     """
+    path, storage_options = config.base, config.options_of_target
     if path is None:
         return None
 
     def open_it() -> Package:
-        if final.is_same(open_directory(path, storage_options)):
+        directory, scratch = open_directory(path, storage_options), None
+        if final.is_same(directory):
             raise ConfigError(
                 f"base {path} is export_dir, so that the delta would take its place; give another export_dir"
             )
-        package = open_package(path, storage_options=storage_options)
+        if not directory.is_local:
+            made = tempfile.TemporaryDirectory(prefix="dist_export-base-", ignore_cleanup_errors=True)
+            scratch = held.enter_context(made)
+        package = open_package(path, storage_options=storage_options, cache_dir=scratch)
+        held.callback(package.close)
         if any(final.is_same(layer.directory) for layer in package.layers):
-            package.close()
             raise ConfigError(
                 f"base {path} needs export_dir, whose place the delta would take; give another export_dir"
             )
         if package.manifest.digest != digest:
-            package.close()
             raise ExportError(
                 f"base {path}: the package with the manifest {package.manifest.digest} is there, and rank 0 found {digest}. "
                 "Nothing was written; see that all ranks share the directory and that nobody replaces it, and export again"

@@ -85,11 +85,8 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     if not config.is_refresh and (not config.need_export_sparse or checkpoint is None):
         return report
     with contextlib.ExitStack() as held:
-        base = open_base(
-            ranks, config.base, found.located.base.digest, paths.final, storage_options=config.options_of_target
-        )
+        base = open_base(ranks, config, found.located.base.digest, paths.final, held=held)
         if base is not None:
-            held.callback(base.close)
             report["base"] = base.directory.url
         if checkpoint is None or not config.need_export_sparse:
             report["notes"] += [] if base is None else [compare_tables(ranks, base, checkpoint)]

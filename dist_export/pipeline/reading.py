@@ -54,11 +54,7 @@ def read_source(export: ExportState) -> ExportState:
     """Read the metadata of the checkpoint, fg and mc, and what the dense arch will need. All ranks."""
     task, paths = export.task, export.paths
     ranks, config, objects, source = task.ranks, task.config, task.objects, paths.source
-    base = open_base(
-        ranks, config.base, task.located.base.digest, paths.final, storage_options=config.options_of_target
-    )
-    if base is not None:
-        task.held.callback(base.close)
+    base = open_base(ranks, config, task.located.base.digest, paths.final, held=task.held)
     none: dict[str, SourceFile] = {}
     small_files = ranks.check_on_first("look at the checkpoint", lambda: look_at_small_files(source), none)
     with task.reporter.stage("read"):
