@@ -9,7 +9,7 @@ import inspect
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -33,9 +33,28 @@ def note_clock(model: nn.Module) -> list[str]:
     Of very many functions the first ones count.
     """
     found: dict[str, None] = {}
+    for function, owner, module, reads in walk_functions(model.modules()):
+        found |= dict.fromkeys(f"{_name_of(function, owner, module)} reads {what}" for what in reads)
+    if not found:
+        return []
+    told = (
+        f"{few(list(found))}: the clock is read at the export, and where scores are made of it, the package has that time for "
+        "good. Give the time as an input of the batch"
+    )
+    return [told]
+
+
+def walk_functions(
+    modules: Iterable[nn.Module],
+) -> Iterator[tuple[types.FunctionType, Any, nn.Module, list[str]]]:
+    """Yield the forwards of the caller's own classes, and the functions of the caller's that they name, each once an owner.
+
+    Each comes with its ``self`` or None, the module that uses it, and what it reads of the clock. Of very many functions the
+    first ones count.
+    """
     seen: set[tuple[int, int]] = set()
     kept: list[Any] = []  # what is made for the asking must not go while its id counts
-    for module in model.modules():
+    for module in modules:
         kinds = [kind for kind in type(module).__mro__ if _top_of(kind) not in _LIBRARIES]
         stack = [(vars(module).get("forward"), module), *((vars(kind).get("forward"), module) for kind in kinds)]
         while stack:
@@ -46,18 +65,13 @@ def note_clock(model: nn.Module) -> list[str]:
                 continue
             seen.add(key)
             kept.append(function)
+            reads: list[str] = []
             for what in _read(function, owner):
                 if isinstance(what, str):
-                    found[f"{_name_of(function, owner, module)} reads {what}"] = None
+                    reads.append(what)
                 else:
                     stack.append(what)
-    if not found:
-        return []
-    told = (
-        f"{few(list(found))}: the clock is read at the export, and where scores are made of it, the package has that time for "
-        "good. Give the time as an input of the batch"
-    )
-    return [told]
+            yield function, owner, module, reads
 
 
 def _name_of(function: types.FunctionType, owner: Any, module: nn.Module) -> str:

@@ -134,8 +134,8 @@ def _refuse_lazy(module: nn.Module, path: str) -> None:
     named = (*module.named_parameters(), *module.named_buffers())
     if lazy := [plain_name(f"{path}.{name}" if path else name) for name, tensor in named if is_lazy(tensor)]:
         raise ModelError(
-            f"{few(lazy)} have neither shape nor values yet (lazy modules). Give the model that was trained; where the checkpoint "
-            "has their values, call the model once on a batch before it is handed over"
+            f"{few(lazy)} have neither shape nor values yet (lazy modules). Give the model that was trained; where the "
+            "checkpoint has their values, call the model once on a batch before it is handed over"
         )
 
 

@@ -26,7 +26,7 @@ class BeforeCall:
     def __init__(self, *roots: tuple[str, nn.Module]) -> None:
         """``roots``: each with its path within the model. Modules that keep tables, and what is in them, do not count."""
         self._modules = [
-            (path, module, set(_list_filled(module))) for root in roots for path, module in _list_modules(*root)
+            (path, module, set(_list_filled(module))) for root in roots for path, module in list_modules(*root)
         ]
 
     def notes(self) -> list[str]:
@@ -50,7 +50,8 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 """What each module has: registers and hooks."""
 
 
-def _list_modules(path: str, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def list_modules(path: str, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of the caller's own classes, but for what is in modules that keep tables."""
     passed: list[str] = []
     for name, module in root.named_modules():
         if any(is_below(name, place) for place in passed):

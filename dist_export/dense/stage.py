@@ -40,6 +40,7 @@ from dist_export.dense.replicas import compare_replicas
 from dist_export.dense.row_check import check_rows, check_whole_rows
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.rule_check import check_settings
+from dist_export.dense.same_model import copy_same_arch
 from dist_export.dense.sample_notes import (
     note_lacking,
     note_not_finite,
@@ -55,7 +56,6 @@ from dist_export.dense.used_inputs import as_loaded
 from dist_export.dense.written_scores import WrittenScores
 from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry, TableEntry
-from dist_export.model.unwrap import copy_dense_arch
 from dist_export.model.user_objects import Objects
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
@@ -110,7 +110,7 @@ class DenseStage:
         sampled.sparse_arch, sampled.dense_arch = sparse_arch, dense_arch
         ranks.check("drop whole parameters of FSDP", lambda: reshard(self._objects.model))
         ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
-        copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
+        copied = copy_same_arch(ranks, self._objects.model, (sparse_arch, dense_arch))
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied, checkpoint)))
         if self._parameters is not None:
             notes += note_unregistered(self._objects.model, dense_arch, self._config.dense_model_name)

@@ -211,7 +211,7 @@ class _Copier:
         """Make all module copies with their tensors first, so that references among modules and views of tensors find them."""
         original = unwrap(wrapped)
         if id(original) not in self._memo:
-            kind = _plain_class(original)
+            kind = plain_class(original)
             new = kind.__new__(kind)
             self._memo[id(original)] = new
             self._inner.append((original, new))
@@ -238,7 +238,9 @@ class _Copier:
             elif name.endswith("_hooks") and isinstance(value, dict):
                 own = {key: hook for key, hook in value.items() if not _is_foreign(hook)}
                 hooks = type(value)((key, self._copy_attribute(hook, new)) for key, hook in own.items())
-                new.__dict__[name] = self._memo[id(value)] = hooks  # a handle within the module removes its hook from there
+                new.__dict__[name] = self._memo[id(value)] = (
+                    hooks  # a handle within the module removes its hook from there
+                )
             else:
                 new.__dict__[name] = self._copy_attribute(value, original)
 
@@ -361,7 +363,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
+def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the user wrote: FSDP2's ``fully_shard`` replaces it with a subclass."""
     if not is_fully_sharded(module):
         return type(module)

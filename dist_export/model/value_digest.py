@@ -150,15 +150,16 @@ class Digester:
         elif isinstance(value, types.FunctionType):
             is_local = "<" in value.__qualname__  # a lambda or an inner function, whose name does not identify it
             if is_local:
-                self._add_bytecode(value.__code__)
+                self.add_bytecode(value.__code__)
             self.add_values_of(value, with_globals=is_local)
             self._add_items(vars(value))
 
-    def _add_bytecode(self, code: types.CodeType) -> None:
+    def add_bytecode(self, code: types.CodeType) -> None:
+        """Add what a function does, whatever it is named and wherever it is written. It differs among versions of Python."""
         self._say(f"{code.co_code.hex()} {code.co_names}")
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
-                self._add_bytecode(constant)
+                self.add_bytecode(constant)
             else:
                 self._add(constant)
 

@@ -46,7 +46,9 @@ def test_a_copy_has_the_shapes_of_the_checkpoint_and_runs_again() -> None:
     for _ in range(2):
         assert torch.equal(copied(blocks)["ctr"], trained.dense_arch(blocks)["ctr"])
     assert note_unregistered(model, model.dense_arch, "dense_arch") == []
-    assert all(is_lazy(its) for its in (*model.dense_arch.parameters(), *model.dense_arch.buffers()) if not is_count(its))
+    assert all(
+        is_lazy(its) for its in (*model.dense_arch.parameters(), *model.dense_arch.buffers()) if not is_count(its)
+    )
 
 
 def is_count(tensor: torch.Tensor) -> bool:
