@@ -72,7 +72,7 @@ def cast_slots(checkpoint: Checkpoint, selection: Selection, dtypes: Sequence[tu
     """
     names = [table.name_in_source for table in checkpoint.tables]
     for pattern, _ in dtypes:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
             raise PlanError(
                 f"dtype: the pattern {pattern!r} matches no table of the checkpoint, which has {', '.join(names) or 'none'}"
             )

@@ -7,6 +7,7 @@ the eviction of old rows still reads it.
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,6 +15,7 @@ from dist_export.checkpoint.metadata import Checkpoint, DenseTensor, SlotMeta
 from dist_export.config.mistakes import Mistakes
 from dist_export.errors import PlanError
 from dist_export.formats.recis import EMBEDDING_SLOT, FILTER_STEP, ID_SLOT
+from dist_export.plan.table_view import refuse_brackets
 
 OPTIMIZER_SLOTS = frozenset(
     {
@@ -145,9 +147,15 @@ class _SlotPatterns:
         return BY_PATTERN if is_dropped else BY_OPTIMIZER if is_optimizer or is_known else None
 
     def refuse_unmatched(self) -> None:
-        """Raise PlanError for every pattern that has matched nothing."""
+        """Raise PlanError for every pattern that has matched nothing, or is a name with brackets and means others."""
         mistakes, tables = Mistakes(), self._checkpoint.tables
         slots = sorted({slot.name for table in tables for slot in table.slots} - {ID_SLOT, EMBEDDING_SLOT})
+        for setting, pattern in sorted(
+            (setting, its) for setting, patterns in self._settings.items() for its in patterns
+        ):
+            if mistake := self._find_brackets(setting, pattern):
+                mistakes.add(mistake)
+                self._unmatched.discard((setting, pattern))
         for setting, pattern in sorted(self._unmatched):
             mistakes.add(
                 PlanError(
@@ -156,6 +164,21 @@ class _SlotPatterns:
                 )
             )
         mistakes.refuse()
+
+    def _find_brackets(self, setting: str, pattern: str) -> PlanError | None:
+        if "[" not in pattern:
+            return None
+        own = {f"{table.name_in_source}.{slot.name}" for table in self._checkpoint.tables for slot in table.slots}
+        names = [*own, *(tensor.name for tensor in self._checkpoint.dense)]
+        tables = (f"{table.name_in_source}." for table in self._checkpoint.tables)
+        for name in (
+            *(table for table in tables if pattern.startswith(table)),
+            *(its for its in names if its == pattern),
+        ):
+            if not fnmatchcase(name, name):
+                escaped = glob.escape(name) + pattern[len(name) :]
+                return refuse_brackets(setting, pattern, sorted(names), what="a slot or tensor", escaped=escaped)
+        return None
 
 
 def is_trainer_state(name: str) -> bool:

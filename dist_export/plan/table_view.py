@@ -140,15 +140,20 @@ def no_match(setting: str, pattern: str, names: Sequence[str]) -> PlanError:
 
 def find_mistake(setting: str, pattern: str, names: Sequence[str]) -> PlanError | None:
     """Return what is wrong with a pattern of tables: it matches none, or it is the name of one and matches others instead."""
-    matched = [name for name in names if fnmatchcase(name, pattern)]
-    if not matched:
+    if pattern in names and not fnmatchcase(pattern, pattern):
+        return refuse_brackets(setting, pattern, names, what="a table", escaped=glob.escape(pattern))
+    if not any(fnmatchcase(name, pattern) for name in names):
         return no_match(setting, pattern, names)
-    if pattern in names and pattern not in matched:
-        return PlanError(
-            f"{setting}: {pattern!r} is the name of a table, but as a pattern it matches {few(matched)}, "
-            f"because brackets are a choice of characters. Write {glob.escape(pattern)!r} for the table of this name"
-        )
     return None
+
+
+def refuse_brackets(setting: str, pattern: str, names: Sequence[str], *, what: str, escaped: str) -> PlanError:
+    """Return the error for a pattern that is a name, and as a pattern means others of ``names``."""
+    matched = few([name for name in names if fnmatchcase(name, pattern)]) or "nothing"
+    return PlanError(
+        f"{setting}: {pattern!r} is the name of {what}, but as a pattern it matches {matched}, because brackets are a choice of "
+        f"characters. Write {escaped!r} for that of this name"
+    )
 
 
 def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> list[bool]:

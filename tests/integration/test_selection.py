@@ -184,8 +184,33 @@ def test_the_name_of_a_table_that_as_a_pattern_means_another_is_an_error(tmp_pat
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("other", ["user0", "people"])
+@pytest.mark.parametrize("pattern", ["user[0].sparse_adam_exp_avg", "user[0].*"])
+@pytest.mark.parametrize("setting", ["optimizer_slots", "drop_slots", "keep_slots"])
+def test_the_slot_of_a_table_with_brackets_is_no_pattern(tmp_path, setting, pattern, other):
+    """Else slots of another table would be kept or dropped, and nothing would tell."""
+    write_checkpoint(tmp_path / "in", make_tables({"user[0]": 9, other: 9}, 1))
+    matched = rf"{other}\.\S*" if other == "user0" else "nothing"
+    rest = pattern.removeprefix("user[0]").replace(".", r"\.").replace("*", r"\*")
+    told = rf"^{setting}: 'user\[0\]{rest}' is the name of .* it matches {matched},.* Write 'user\[\[\]0\]{rest}'"
+    with pytest.raises(PlanError, match=told):
+        export(tmp_path / "in", tmp_path / "out", **{setting: [pattern]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_name_of_a_table_with_brackets_is_told_how_to_write_it_where_it_matches_nothing(tmp_path):
+    write_checkpoint(tmp_path / "in", make_tables({"user[0]": 9}, 1))
+    for settings in ({"select_tables": ["user[0]"]}, {"dtype": {"user[0]": "float16"}}):
+        with pytest.raises(PlanError, match=r"as a pattern it matches nothing, .* Write 'user\[\[\]0\]'"):
+            export(tmp_path / "in", tmp_path / "out", **settings)
+
+
 def test_the_name_of_a_table_with_brackets_in_brackets_is_that_table(tmp_path):
     tables = make_tables({"user[0]": 9, "user0": 9}, 1)
     write_checkpoint(tmp_path / "in", tables)
     export(tmp_path / "in", tmp_path / "out", select_tables=["user[[]0]"], num_shards=1)
     assert set(read_back(tmp_path / "out")) == {"user[0]"}
+    export(tmp_path / "in", tmp_path / "kept", keep_slots=["user[[]0].*"], num_shards=1)
+    found = read_back(tmp_path / "kept")
+    assert set(found["user[0]"]) == {"id", "embedding", *ADAM}
+    assert set(found["user0"]) == {"id", "embedding"}
