@@ -14,6 +14,7 @@ from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import DenseSettings
 from dist_export.dense.blocks import Blocks, Outline
+from dist_export.dense.changed_numbers import note_changed_numbers
 from dist_export.dense.comparison import Comparison
 from dist_export.dense.copied_arch import device_of
 from dist_export.dense.drift_run import DriftRun
@@ -255,11 +256,12 @@ class SampleRun:
         move_to(copied, device)
         with self._without_tables(copied):
             self.sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
+            changed = [] if self._parameters is None else note_changed_numbers(sample, self._config.dense_model_name)
         check_dtypes(sample, self._config.archive_format)
         refuse_wrong_sample(sample, self._config)
         self.drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
-        return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]
+        return [*blocks.notes, *changed, *note_constants(blocks), *check_inputs(features, shapes)]
 
     def _without_tables(self, copied: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Return what refuses hash tables in the dense arch, unless their rows in memory are what is exported."""

@@ -262,3 +262,20 @@ def test_an_export_tells_of_the_clock(tmp_path: Path) -> None:
 
     notes = export(Model(Aged(), Dense()), tmp_path)
     assert any(note.startswith("Aged.forward reads time.time(): the clock is read at the export") for note in notes)
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_step_that_the_dense_arch_counts_in_training_is_told(is_live: bool, tmp_path: Path) -> None:
+    class WarmUp(Dense):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = 0
+
+        def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            self.step += self.training
+            scores = super().forward(blocks)
+            return scores if self.step < 100 else {name: score * 2 for name, score in scores.items()}
+
+    notes = export(Model(Sparse(), WarmUp()), tmp_path, is_live=is_live)
+    told = [note for note in notes if "dense_arch.step in its forward and makes scores of it" in note]
+    assert len(told) == (not is_live)
