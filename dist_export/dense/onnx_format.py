@@ -73,7 +73,7 @@ def make_onnx(
 
 
 def _rewrite(program: ExportedProgram) -> ExportedProgram:
-    """Return the program without operators whose form in ONNX, as torch writes it, gives other values where a sample has none."""
+    """Return the program without operators whose form in ONNX, as torch writes it, gives other values, or lacks a case."""
     found = {
         node.target: _REWRITTEN[str(node.target)] for node in program.graph.nodes if str(node.target) in _REWRITTEN
     }
@@ -85,7 +85,20 @@ def _log_sigmoid(value: torch.Tensor) -> torch.Tensor:
     return value.clamp(max=0) - torch.log1p(torch.exp(-value.abs()))
 
 
-_REWRITTEN: dict[str, Callable[..., torch.Tensor]] = {"aten.log_sigmoid.default": _log_sigmoid}
+def _over_all(reduce: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """Return ``amax`` or ``amin`` of all elements, for which ONNX wants dimensions; with dimensions it stays."""
+
+    def reduced(value: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+        return NotImplemented if dim else reduce(value).reshape([1] * value.dim() if keepdim else [])
+
+    return reduced
+
+
+_REWRITTEN: dict[str, Callable[..., Any]] = {
+    "aten.log_sigmoid.default": _log_sigmoid,
+    "aten.amax.default": _over_all(torch.max),
+    "aten.amin.default": _over_all(torch.min),
+}
 
 
 def list_onnx_versions() -> dict[str, str]:

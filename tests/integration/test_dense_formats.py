@@ -119,6 +119,17 @@ def test_the_logarithm_of_a_sigmoid_is_finite_where_the_sigmoid_is_zero() -> Non
     torch.testing.assert_close(found, torch.nn.functional.logsigmoid(logits))
 
 
+def test_a_maximum_over_all_elements_is_written_beside_those_with_dimensions() -> None:
+    def forward(_, x):
+        a = torch.nn.functional.logsigmoid(x["a"])
+        return a.amax(1) * a.amax() + a.amin((0, 1), keepdim=True)[0] - torch.amax(a, (), keepdim=True)[0, 0] * a.amin()
+
+    inputs = {"a": torch.randn(5, 3)}
+    content, _ = onnx_format.make_onnx(trace(forward, inputs), ["out"], {})
+    (found,) = onnx_model.OnnxProgram(content, ["out"], where="here")(**inputs)
+    torch.testing.assert_close(found, forward(None, inputs))
+
+
 def swapped(net, x):
     return {"relu": x["Seq"] + 1, "mul": torch.relu(x["seq"]) * net.linear.weight[0], "add": x["Seq"]}
 

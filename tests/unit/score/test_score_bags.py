@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dist_export.package.dense_inputs import IdLists, pool_rows
 from dist_export.score.bags import MISFIT, pool_bags
 from dist_export.score.decompositions import _KNOWN
 
@@ -43,6 +45,21 @@ def test_offsets_that_do_not_cut_the_ids_into_bags_are_refused(
     for ids in (torch.arange(7), torch.arange(7)[:0]):
         with pytest.raises(RuntimeError, match=MISFIT):
             pool(ids, torch.tensor(offsets), mode=mode, include_last_offset=include_last_offset)
+
+
+def test_a_maximum_over_a_row_with_nan_is_nan_as_the_serving_contract_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own maximum is that of the other rows, unless the first row has it."""
+    with_nan = WEIGHT.clone()
+    with_nan[4, 1] = float("nan")
+    monkeypatch.setitem(globals(), "WEIGHT", with_nan)
+    for ids, is_first in ([4, 2, 3], True), ([2, 4, 3], False):
+        flat = pool(torch.tensor(ids), torch.tensor([0]), mode="max")
+        for found, of_torch in (flat, pool(torch.tensor([ids]), mode="max")):
+            assert found.isnan().tolist() == [[False, True, False]]
+            assert of_torch.isnan().any() == is_first
+        lists = IdLists(np.array(ids), np.zeros(3, np.int64), np.arange(3), 1, 3)
+        served = pool_rows(with_nan[ids].numpy(), lists, "max")
+        np.testing.assert_array_equal(served, flat[0].numpy())
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
