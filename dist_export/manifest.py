@@ -166,8 +166,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     """xxh3-128 over the manifest's JSON without ``digest`` and ``run``."""
     run: dict[str, Any] = {}
-    """Values that differ from run to run: times, durations, export_dir, world_size, what each rank moved, and the ids that the
-    sample batches looked up. Not in the digest."""
+    """Values that differ from run to run: times, durations, export_dir, world_size, what each rank moved, and how many ids the
+    sample batches looked up: each time that an id occurs, over all ranks. Not in the digest."""
 
     @property
     def num_bytes(self) -> int:

@@ -178,7 +178,9 @@ def _say_scores(manifest: Manifest) -> list[str]:
         asked, missing, pruned = (sum(sample.get(name, {}).values()) for name in ("asked", "missing", "left_behind"))
         apart = f", {pruned:,} left behind by prune" if pruned else ""
         where = "base" if _is_dense_only(manifest) else "checkpoint"
-        lines.append(f"  sample   {count(asked, 'id')} looked up, {missing:,} not in the {where}{apart}")
+        world_size = manifest.run.get("world_size")
+        of_all = f" by all {world_size} ranks together" if isinstance(world_size, int) and world_size > 1 else ""
+        lines.append(f"  sample   {count(asked, 'id')} looked up{of_all}, {missing:,} not in the {where}{apart}")
     return lines
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -327,6 +328,8 @@ def test_ids_that_are_left_behind_get_what_serving_gives(default: Any, dtype: st
     assert f"sample   {asked} ids looked up, 0 not in the checkpoint, {left} left behind by prune" in summary_of(
         manifest
     )
+    of_four = msgspec.structs.replace(manifest, run={**manifest.run, "world_size": 4})
+    assert f"sample   {asked} ids looked up by all 4 ranks together, 0 not in the" in summary_of(of_four)
     assert any("ids that the sample looked up are left behind by prune: the sample has" in n for n in manifest.notes)
     assert not verify(str(tmp_path / "1")).findings
 
