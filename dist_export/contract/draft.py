@@ -62,10 +62,15 @@ class Draft:
         for name, statement in statements.items():
             self._state(name, statement)
 
-    def add_settings(self, stated: StatedContract) -> None:
-        """Take in what the user states. ConfigError where another source says otherwise, or a name is unknown."""
+    def add_settings(self, stated: StatedContract, dims: Mapping[str, int] | None = None) -> None:
+        """Take in what the user states. ConfigError where another source says otherwise, or a name is unknown.
+
+        ``dims``: the width of each table of the package; None where all features are known.
+        """
         for name, its in stated.features.items():
             self._add_stated(name, its)
+        if dims is not None:  # columns follow from it
+            self._set_dims(dims)
         for name, members in stated.inputs.items():
             if name not in self._inputs:
                 known = ", ".join(self._inputs) or "none"
@@ -220,7 +225,7 @@ class Draft:
             return int(tensor.shape[-1]) if tensor.dim() > 1 else 1
         raise ConfigError(f"serving.inputs.{name}: {member!r} is neither a feature nor a tensor of the batch")
 
-    def set_dims(self, dims: Mapping[str, int]) -> None:
+    def _set_dims(self, dims: Mapping[str, int]) -> None:
         """Give the features that the settings add the width of their tables. ConfigError for a table that is not there."""
         for name, feature in self._features.items():
             if feature.table not in dims:

@@ -67,9 +67,9 @@ class ContractStage:
         draft = Draft(reading, batch.tensors, batch.jagged)
         draft.add_fg(read_fg(fg_conf, features, finder))
         draft.add_collections(read_collections(sparse_arch, finder, config.sparse_model_name))
-        draft.add_settings(read_serving(config.serving))
-        dims = {finder.written_name(name): finder.embedding_of(name).inner_shape for name in finder.exported_names()}
-        draft.set_dims({name: int(np.prod(shape, dtype=np.int64)) for name, shape in dims.items()})
+        shapes = {finder.written_name(name): finder.embedding_of(name).inner_shape for name in finder.exported_names()}
+        dims = {name: int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
+        draft.add_settings(read_serving(config.serving), dims)
         self._draft, self._arrays = draft, to_arrays(batch.tensors)
         return []
 

@@ -110,6 +110,19 @@ def test_what_is_unknown_names_what_is_missing_and_the_setting_states_it() -> No
     assert serving.features[0].ids == IdsEntry(values="clicks")
 
 
+def test_features_that_the_setting_adds_have_the_columns_of_their_tables() -> None:
+    """A server places them by begin and end."""
+    draft = draft_of(unknown="a layer is there")
+    its = {"ids": "clicks", "pooling": "mean", "padding_id": None, "transforms": []}
+    features = {"c": {"table": "item", **its}, "u": {"table": "user", **its, "ids": "user"}}
+    stated = read_serving({"features": features, "inputs": {"block": ["c", "price", "u"]}})
+    draft.add_settings(stated, {"item": 3, "user": 8})
+    (block,) = finish(draft, "item", "user").inputs
+    assert [(one.begin, one.end) for one in block.columns] == [(0, 3), (3, 4), (4, 12)]
+    with pytest.raises(ConfigError, match="the package has no table 'item'; it has user"):
+        draft_of(unknown="a layer is there").add_settings(stated, {"user": 8})
+
+
 def test_a_collection_finds_its_ids_by_the_key() -> None:
     jagged = Jagged(("f_values", "f_weights"), "f_lengths", 2, ("user", "item"))
     draft = draft_of(unknown="a layer is there", jagged=(jagged,))
