@@ -1,4 +1,4 @@
-"""Tell of numbers that the dense arch changes in its forward and that its scores are made of: no checkpoint has them.
+"""Tell of numbers that an arch changes in its forward and that its scores are made of: no checkpoint has them.
 
 A step that decides on a warm-up is such a number; a counter for a log is none. Code says which attributes may change, and a run
 with another number in each says whether the scores do.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dis
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from dist_export.archive.output_diff import has_same_values
+from dist_export.dense.blocks import Blocks
 from dist_export.dense.clock_reads import walk_functions
 from dist_export.dense.eager import DenseSample, run_eagerly
 from dist_export.errors import ModelError
@@ -35,59 +36,86 @@ def note_changed_numbers(sample: DenseSample, path: str) -> list[str]:
     """
     dense_arch = sample.dense_arch
     assert isinstance(dense_arch, nn.Module)
-    changed = _list_changed(dense_arch)
-    before = [(module, name, vars(module)[name]) for _, module, name in changed]
-    copies = [value.clone() if isinstance(value, torch.Tensor) else value for *_, value in before]
 
     def run() -> list[torch.Tensor]:
-        try:
-            outputs = sample.flatten(run_eagerly(dense_arch, sample.blocks))
-            return [tensor.detach().clone() for tensor in outputs]
-        finally:
-            _put(before, copies)
+        outputs = sample.flatten(run_eagerly(dense_arch, sample.blocks))
+        return [tensor.detach().clone() for tensor in outputs]
 
-    as_given = run() if changed else []
-    if not _is_same(as_given, run() if changed else []):
-        return []  # it draws random numbers, which is refused elsewhere
-    found = []
-    for place, module, name in changed:
-        vars(module)[name] = vars(module)[name] + _FAR
-        with contextlib.suppress(ModelError):  # such a number may have no meaning to it
-            if not _is_same(as_given, run()):
-                found.append(".".join(part for part in (path, place, name) if part))
-    if not found:
+    return _note("dense arch", path, ChangedNumbers(dense_arch.named_modules()).find(run))
+
+
+def note_changed_in_sparse(
+    modules: Iterable[tuple[str, nn.Module]], run_sparse: Callable[[], Blocks], path: str
+) -> list[str]:
+    """Return the same note on the sparse arch, of which ``modules`` are those that keep no tables. In a single process.
+
+    A number of ours may make a collective of the model fail on some ranks, so there is no such run with several.
+    """
+    return _note("sparse arch", path, ChangedNumbers(modules).find(lambda: list(run_sparse().tensors.values())))
+
+
+def _note(what: str, path: str, names: Sequence[str]) -> list[str]:
+    if not names:
         return []
+    named = few([f"{path}.{name}" if path else name for name in names])
     told = (
-        f"the dense arch changes {few(found)} in its forward and makes scores of it, and no checkpoint has it: the package has "
-        "the value of the model given, whatever training made of it. Register it as a buffer, and change it only if self.training"
+        f"the {what} changes {named} in its forward and makes scores of it, and no checkpoint has it: the package has the value "
+        "of the model given, whatever training made of it. Register it as a buffer, and change it only if self.training"
     )
     return [told]
 
 
+class ChangedNumbers:
+    """The numbers that functions of the modules' own classes store in attributes."""
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """``modules`` come with their paths."""
+        every = list(modules)
+        stored: dict[type, set[str]] = {}
+        for function, owner, *_ in walk_functions(module for _, module in every):
+            if isinstance(owner, nn.Module):
+                stored.setdefault(type(owner), set()).update(_list_stored(function))
+        self._found = [
+            (f"{path}.{name}".lstrip("."), module, name)
+            for path, module in every
+            for name in sorted(stored.get(type(module), ()))
+            if _is_number(vars(module).get(name))
+        ]
+        self._before = [vars(module)[name] for _, module, name in self._found]
+        self._copies = [its.clone() if isinstance(its, torch.Tensor) else its for its in self._before]
+
+    def find(self, run: Callable[[], Sequence[torch.Tensor]]) -> list[str]:
+        """Return those that change what ``run`` returns. It may raise ModelError."""
+        found: list[str] = []
+        if not self._found:
+            return found
+        try:
+            as_given = self._run(run)
+            is_same = _is_same(as_given, self._run(run))
+        except ModelError:
+            return found
+        if not is_same:
+            return found  # it draws random numbers, which is refused elsewhere
+        for path, module, name in self._found:
+            vars(module)[name] = vars(module)[name] + _FAR
+            with contextlib.suppress(ModelError):  # such a number may have no meaning to it
+                if not _is_same(as_given, self._run(run)):
+                    found.append(path)
+        return found
+
+    def _run(self, run: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """Run, and put all numbers back, also those that are changed in place."""
+        try:
+            return run()
+        finally:
+            for (_, module, name), value, copied in zip(self._found, self._before, self._copies, strict=True):
+                if isinstance(value, torch.Tensor):
+                    value.copy_(copied)
+                vars(module)[name] = value
+
+
 def _is_same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
-    return all(map(has_same_values, some, others))
-
-
-def _put(before: list[tuple[nn.Module, str, Any]], copies: list[Any]) -> None:
-    """Put numbers back, also those that a run has changed in place."""
-    for (module, name, value), copied in zip(before, copies, strict=True):
-        if isinstance(value, torch.Tensor):
-            value.copy_(copied)
-        vars(module)[name] = value
-
-
-def _list_changed(dense_arch: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Return path, module and name of the numbers that functions of the modules' own classes store."""
-    stored: dict[type, set[str]] = {}
-    for function, owner, *_ in walk_functions(dense_arch.modules()):
-        if isinstance(owner, nn.Module):
-            stored.setdefault(type(owner), set()).update(_list_stored(function))
-    return [
-        (path, module, name)
-        for path, module in dense_arch.named_modules()
-        for name in sorted(stored.get(type(module), ()))
-        if _is_number(vars(module).get(name))
-    ]
+    return len(some) == len(others) and all(map(has_same_values, some, others))
 
 
 def _list_stored(function: Any) -> Iterator[str]:

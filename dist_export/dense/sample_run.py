@@ -14,7 +14,7 @@ from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import DenseSettings
 from dist_export.dense.blocks import Blocks, Outline
-from dist_export.dense.changed_numbers import note_changed_numbers
+from dist_export.dense.changed_numbers import note_changed_in_sparse, note_changed_numbers
 from dist_export.dense.comparison import Comparison
 from dist_export.dense.copied_arch import device_of
 from dist_export.dense.drift_run import DriftRun
@@ -26,6 +26,7 @@ from dist_export.dense.model_head import ModelHead
 from dist_export.dense.model_rest import ModelRest
 from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.other_formats import refuse_wrong_sample
+from dist_export.dense.own_values import list_sparse_modules
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.probe import Probe, refuse_unregistered
 from dist_export.dense.reference import MODEL, Reference, ReferenceRunner
@@ -145,6 +146,8 @@ class SampleRun:
         self.num_rows = blocks.outline().num_rows or 0
         self.looked_up = rows
         self._look_at_dependence(sparse_arch, blocks, rows)
+        if ranks.world_size == 1 and self._parameters is not None:
+            notes += ranks.check("look for numbers that forward changes", lambda: self._note_changed(sparse_arch))
         counts = count_ids(ranks, rows)
         self.counts = counts.by_table()
         lacking = find_missing(config, rows, restored)
@@ -186,6 +189,17 @@ class SampleRun:
         if finder is not None:
             probe = Probe(self._ranks, sparse_arch, self.data, finder, sparse_model_name=self._config.sparse_model_name)
             rows.unseen |= probe.look(blocks, rows, changes_rows=bool(self.casts) or bool(self._config.prune))
+
+    def _note_changed(self, sparse_arch: nn.Module) -> list[str]:
+        """Return a note on numbers that the sparse arch changes and that its blocks are made of. In a single process."""
+        name, finder = self._config.sparse_model_name, self.finder
+        modules = list_sparse_modules(self._objects.model, sparse_arch, self._config.dense_model_name)
+
+        def run() -> Blocks:
+            its = None if finder is None else finder.probe()
+            return run_sparse_arch(sparse_arch, self.data, sparse_model_name=name, finder=its)[0]
+
+        return note_changed_in_sparse(modules, run, name)
 
     def _run_reference(
         self, sparse_arch: nn.Module, dense_arch: nn.Module, finder: RowFinder | None, blocks: Blocks

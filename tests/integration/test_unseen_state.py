@@ -356,3 +356,25 @@ def test_a_buffer_that_is_filled_once_is_filled_in_each_run(place: str, is_rebou
         else:
             score = torch.from_numpy(package.score({name: ids.numpy() for name, ids in batches[2].items()})["ctr"])
             torch.testing.assert_close(score, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_step_that_the_sparse_arch_counts_is_told_if_blocks_are_made_of_it(is_used: bool, tmp_path: Path) -> None:
+    class WarmUp(Sparse):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = torch.tensor(0)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            self.step.add_(1)
+            blocks = super().forward(batch)
+            factor = torch.where(self.step < 100, 1.0, 2.0) if is_used else 1.0
+            return {name: block * factor for name, block in blocks.items()}
+
+    model = Model(WarmUp(), Dense())
+    before = model.sparse_arch.step
+    told = [note for note in export(model, tmp_path) if "in its forward and makes scores of it" in note]
+    assert len(told) == is_used
+    assert all(note.startswith("the sparse arch changes sparse_arch.step in its forward") for note in told)
+    assert model.sparse_arch.step is before
+    assert before < 50
