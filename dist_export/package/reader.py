@@ -70,9 +70,9 @@ class Package(LayeredPackage):
         )
         self._readers_of_files = OpenCount(self.files.close)
         self._cache_dir = cache_dir
-        self._cache: LocalCache | None = None
+        self.cache: LocalCache | None = None
         if cache_dir is not None and not directory.is_local:
-            self._cache = LocalCache(cache_dir, self.files, self.manifest.digest)
+            self.cache = LocalCache(cache_dir, self.files, self.manifest.digest)
         self._headers = ShardHeaders(self.files)
         self._readers: dict[tuple[str, str], SlotReader] = {}
         self._prepare_layers()
@@ -191,7 +191,7 @@ class Package(LayeredPackage):
                 f"{kept.dtype} {list(kept.shape)}"
             )
         row_bytes = row_bytes_of(kept)
-        reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes, cache=self._cache)
+        reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes, cache=self.cache)
         self._readers[table, slot] = reader
         return reader
 

@@ -10,6 +10,7 @@ import numpy as np
 from dist_export.errors import PackageError
 from dist_export.formats.row_fingerprints import FINGERPRINT, MAGIC, find_fault
 from dist_export.manifest import PartEntry, RowFingerprintsEntry
+from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.reader import Package
 from dist_export.storage.range_reader import RangeReader
@@ -19,11 +20,20 @@ _RUN_ROWS = 1 << 17
 
 
 class PartFingerprints:
-    """The row fingerprints of one part. Any thread may read them. They are mapped on a disk, and read by ranges from a store."""
+    """The row fingerprints of one part. Any thread may read them. Mapped on a disk, else read by ranges unless cached."""
 
-    def __init__(self, files: OpenedFiles, table: str, part: PartEntry, entry: RowFingerprintsEntry) -> None:
+    def __init__(
+        self,
+        files: OpenedFiles,
+        table: str,
+        part: PartEntry,
+        entry: RowFingerprintsEntry,
+        *,
+        cache: LocalCache | None = None,
+    ) -> None:
         """Compare the entry with its file. PackageError: see :func:`open_fingerprints`."""
         self._files = files
+        self._cache = cache
         self._table = table
         self._file = entry.file
         self._offset = entry.offset
@@ -53,10 +63,13 @@ class PartFingerprints:
         """
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()} were wanted of a part with {self.num_rows:,} rows")
+        num_bytes = self.num_rows * FINGERPRINT.itemsize
+        if self._cache is not None:
+            cached: np.ndarray = self._cache.map(self._file, self._offset, num_bytes).view(FINGERPRINT).take(rows)
+            return cached.astype(np.uint64, copy=False)
         with self._files.open_mapped(self._file) as file:
             if isinstance(file, np.ndarray):
-                end = self._offset + self.num_rows * FINGERPRINT.itemsize
-                found: np.ndarray = file[self._offset : end].view(FINGERPRINT).take(rows)
+                found: np.ndarray = file[self._offset : self._offset + num_bytes].view(FINGERPRINT).take(rows)
             else:
                 found = self._read(file, rows)
         return found.astype(np.uint64, copy=False)
@@ -101,4 +114,4 @@ def open_fingerprints(package: Package, table: str, part: int) -> PartFingerprin
     entry = parts[part].row_fingerprints
     if entry is msgspec.UNSET:
         return None
-    return PartFingerprints(package.files, table, parts[part], entry)
+    return PartFingerprints(package.files, table, parts[part], entry, cache=package.cache)

@@ -201,8 +201,8 @@ def open_base(
 ) -> Package | None:
     """Open the base, which is the directory ``config.base``; None without one. All ranks. ``final`` is export_dir.
 
-    ``held`` closes it. The ids and row indexes of a base in a store that a rank asks for are in its TMPDIR until then: rows are
-    looked up in pieces, of which each needs them.
+    ``held`` closes it. The ids, row indexes and fingerprints of a base in a store that a rank asks for are in its TMPDIR until
+    then: rows are compared in pieces, of which each needs them.
 
     Raises:
         ConfigError: it is the base, which the delta would replace.
