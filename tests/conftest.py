@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """Leave what imports and collection made out of garbage collections, which are rare: a twentieth of an export's time."""
+    shortcuts.remember_no_fakes()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

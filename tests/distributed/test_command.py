@@ -75,7 +75,7 @@ def test_events_of_all_ranks_belong_to_their_attempt(tmp_path: Path) -> None:
 def test_a_shared_mistake_is_told_once(tmp_path: Path) -> None:
     """Every rank meets the same fault; rank 0 says it in one line, and nothing is written."""
     command = ("-m", "dist_export", "--ckpt_dir", str(tmp_path / "nowhere"), "--export_dir", str(tmp_path / "out"))
-    done = test_worlds.torchrun(2, *command)
+    done = torchrun(2, *command)
     assert done.returncode == 1
     (line,) = own_lines(done.stderr)
     assert "nowhere: does not exist" in line

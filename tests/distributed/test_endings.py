@@ -339,13 +339,8 @@ def test_a_failure_of_a_peer_goes_before_torchruns_sigterm(tmp_path: Path) -> No
         "sys.exit(main(sys.argv[1:]))\n"
     )
     write_checkpoint(tmp_path / "ckpt", make_tables({"t": 50}, 2))
-    done = subprocess.run(
-        [
-            *launcher(2), str(script), "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out"),
-            "--filter_sparse_opt", "true",
-        ],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    paths = ["--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out")]
+    done = warm_torchrun.torchrun(2, str(script), *paths, "--filter_sparse_opt", "true", timeout=120)
     lines = [line for line in done.stderr.splitlines() if line.startswith("dist_export: ")]
     assert len(lines) == 1
     assert "rank 1 of 2" in lines[0]

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,8 @@ import pytest
 
 import dist_export
 from tests.integration.test_watch import assert_is_served, save, state_of
-from tests.support import ROOT
 from tests.support.distributed import crash
-from tests.support.distributed.crash import environment, launcher, ranks_of, wait_for_mark
+from tests.support.distributed.crash import launcher, ranks_of, wait_for_mark
 
 pytestmark = pytest.mark.distributed
 
@@ -26,13 +24,12 @@ SECS = 60.0
 
 
 @contextlib.contextmanager
-def watching(folder: Path, *, world_size: int = 1, more: tuple[str, ...] = (), **pause: str) -> Iterator[Any]:
+def watching(
+    folder: Path, *, world_size: int = 1, more: tuple[str, ...] = (), warm_launcher: bool = False, **pause: str
+) -> Iterator[Any]:
     run, where = str(folder / "run"), str(folder / "serving")
     arguments = ["watch", "--ckpt_dir", run, "--publish", where, "--poll_secs", "0.1", "--progress=false", *more]
-    process = subprocess.Popen(
-        [*launcher(world_size), crash.SCRIPT, *arguments],
-        cwd=ROOT, env=environment(**pause), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = crash.start([*launcher(world_size), crash.SCRIPT, *arguments], warm_launcher=warm_launcher, **pause)
     try:
         yield process
     finally:
@@ -98,7 +95,7 @@ def test_a_signal_within_an_export_publishes_nothing_and_the_next_start_goes_on(
 def test_two_ranks_export_one_checkpoint_after_the_other(tmp_path: Path) -> None:
     """A failed export in between ends none of them."""
     save(tmp_path / "run", 1)
-    with watching(tmp_path, world_size=2, more=("--until_step", "4")) as process:
+    with watching(tmp_path, world_size=2, more=("--until_step", "4"), warm_launcher=True) as process:
         wait_for_step(tmp_path, 1, process)
         save(tmp_path / "run", 2)
         wait_for_step(tmp_path, 2, process)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_large(tmp_path_factory.mktemp("large") / "ckpt")
 
 
+@pytest.fixture(scope="module")
+def remote(large: Path, s3_server: S3Server) -> Iterator[str]:
+    """The large checkpoint on the store. Tests must not change it."""
+    store = Store(s3_server)
+    yield store.put_tree(large, "ckpt")
+    assert store.files("ckpt") == files_of(large)
+
+
 @pytest.mark.parametrize("num_shards", [2, 3])
 def test_the_same_bytes_wherever_they_come_from_and_go_to(
     num_shards: int, small: Path, store: Store, tmp_path: Path
@@ -95,9 +104,8 @@ def test_two_ranks_write_what_one_does(filter_sparse_opt: bool, small: Path, sto
     assert verify(store.url("two"), store.options).findings == []
 
 
-def test_long_runs_are_copied_by_the_store(large: Path, store: Store, tmp_path: Path) -> None:
+def test_long_runs_are_copied_by_the_store(remote: str, store: Store, tmp_path: Path) -> None:
     """Of each shard what comes through the export is what fills one part, and the ids."""
-    remote = store.put_tree(large, "ckpt")
     store.export(remote, tmp_path / "local")
     config = load_config(store.settings(remote, store.url("out")))
     planned = make_report(config, world_size=2)
@@ -129,9 +137,8 @@ def test_long_runs_are_copied_by_the_store(large: Path, store: Store, tmp_path: 
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_parts_ways_is_built_and_the_rest_is_copied(ranks: int, large: Path, store: Store, tmp_path: Path) -> None:
+def test_what_parts_ways_is_built_and_the_rest_is_copied(ranks: int, remote: str, store: Store, tmp_path: Path) -> None:
     """Four parts become three shards: the first and the last part stay whole, the rows of the two others are gathered."""
-    remote = store.put_tree(large, "ckpt")
     store.export(remote, tmp_path / "local", num_shards=3)
     settings = store.settings(remote, store.url("out"), num_shards=3)
     report = make_report(load_config(settings), world_size=ranks)
@@ -143,19 +150,17 @@ def test_what_parts_ways_is_built_and_the_rest_is_copied(ranks: int, large: Path
     assert store.uploads("out") == []
 
 
-def test_two_ranks_share_the_parts(large: Path, store: Store, tmp_path: Path) -> None:
-    remote = store.put_tree(large, "ckpt")
+def test_two_ranks_share_the_parts(remote: str, store: Store, tmp_path: Path) -> None:
     store.export(remote, store.url("one"))
     runs = run_ranks(export_on_rank, 2, tmp_path / "store", store.settings(remote, store.url("two")))
     assert without_manifest(store.files("two")) == without_manifest(store.files("one"))
     assert runs[0]["store"]["copied"] > 20 * MIB
 
 
-def test_a_rank_that_is_killed(large: Path, store: Store, tmp_path: Path, monkeypatch) -> None:
+def test_a_rank_that_is_killed(remote: str, store: Store, tmp_path: Path, monkeypatch) -> None:
     """The other rank ends too, nothing is committed, and a rerun goes on to the same package."""
     monkeypatch.setattr(lock, "LEASE_SECS", 1.0)
     monkeypatch.setattr(lock, "RENEW_SECS", 0.2)
-    remote = store.put_tree(large, "ckpt")
     store.export(remote, store.url("expected"))
     settings = store.settings(remote, store.url("out"), threads=1)
     with pytest.raises(AssertionError, match="rank 1: ended: -9"):
@@ -167,9 +172,9 @@ def test_a_rank_that_is_killed(large: Path, store: Store, tmp_path: Path, monkey
     assert store.uploads("out") == []
 
 
-def test_a_copy_that_rots_is_found(large: Path, store: Store) -> None:
+def test_a_copy_that_rots_is_found(remote: str, store: Store) -> None:
     """Who changes a byte of a part that the store has copied is told which part it is."""
-    store.export(store.put_tree(large, "ckpt"), store.url("out"))
+    store.export(remote, store.url("out"))
     name = "model-000001-of-000002.safetensors"
     data = bytearray(store.files("out")[name])
     data[-1000] ^= 1
@@ -179,8 +184,8 @@ def test_a_copy_that_rots_is_found(large: Path, store: Store) -> None:
     assert "are not what was written (sha256" in finding
 
 
-def test_parts_that_do_not_fit_their_digest(large: Path, store: Store) -> None:
-    manifest = store.export(store.put_tree(large, "ckpt"), store.url("out"))
+def test_parts_that_do_not_fit_their_digest(remote: str, store: Store) -> None:
+    manifest = store.export(remote, store.url("out"))
     from dist_export.manifest import encode_manifest, seal
 
     first = manifest.files[0]
@@ -213,10 +218,10 @@ def test_init_writes_a_config_for_a_checkpoint_on_the_store(small: Path, store: 
     ],
 )
 def test_settings_decide_who_copies(
-    settings: dict[str, Any], digest: str, is_copied: bool, large: Path, store: Store
+    settings: dict[str, Any], digest: str, is_copied: bool, remote: str, store: Store
 ) -> None:
     before = TRAFFIC.snapshot()
-    manifest = store.export(store.put_tree(large, "ckpt"), store.url("out"), **settings)
+    manifest = store.export(remote, store.url("out"), **settings)
     copied = TRAFFIC.since(before)["copied"]
     shard = manifest.files[0]
     assert shard.parts is msgspec.UNSET
@@ -255,9 +260,8 @@ def dist_export_summary(manifest: dist_export.Manifest) -> list[str]:
 
 
 @pytest.mark.parametrize("server_side_copy", [True, False])
-def test_a_rerun_takes_over_parts_and_shards(server_side_copy: bool, large: Path, store: Store, monkeypatch) -> None:
+def test_a_rerun_takes_over_parts_and_shards(server_side_copy: bool, remote: str, store: Store, monkeypatch) -> None:
     """Cut off before its last file is made of its parts: the next run sends no part again that the store still has."""
-    remote = store.put_tree(large, "ckpt")
     store.export(remote, store.url("expected"), server_side_copy=server_side_copy)
     real, completed = multipart_upload.Uploads.complete, []
 
@@ -281,8 +285,7 @@ def test_a_rerun_takes_over_parts_and_shards(server_side_copy: bool, large: Path
     assert store.uploads("out") == []
 
 
-def test_uploads_of_another_plan_are_given_up(large: Path, store: Store, monkeypatch) -> None:
-    remote = store.put_tree(large, "ckpt")
+def test_uploads_of_another_plan_are_given_up(remote: str, store: Store, monkeypatch) -> None:
 
     def cut_off(*_) -> None:
         raise OSError(5, "cut off")
@@ -372,12 +375,11 @@ def test_a_package_is_read_from_the_store_as_far_as_it_is_asked(large: Path, sto
     assert looked["requests"] < 30 + len(ids)
 
 
-def test_opening_takes_few_requests(large: Path, store: Store) -> None:
+def test_opening_takes_few_requests(remote: str, store: Store) -> None:
     """A header is one request, and all sizes are one listing."""
     from dist_export.checkpoint.detect import open_reader
     from dist_export.storage.urls import open_directory
 
-    remote = store.put_tree(large, "ckpt")
     before = TRAFFIC.snapshot()
     reader = open_reader(open_directory(remote, store.options), asked="recis")
     reader.assemble([reader.read_headers(range(len(reader.files)))])

@@ -24,6 +24,7 @@ from tests.support import first_trace, shortcuts
 torch.set_num_threads(1)
 shortcuts.take()
 first_trace.trace_once()
+shortcuts.remember_no_fakes()
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
 gc.collect()
 gc.freeze()  # else the first collection of each child copies the pages of all objects

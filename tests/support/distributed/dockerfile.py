@@ -5,6 +5,7 @@ its Python. ``FROM`` is not looked at: what the base image has besides Python is
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -100,6 +101,23 @@ class Image:
                 shutil.copy(source, place)
 
 
+def _lend_torch(root: Path) -> None:
+    """Link this machine's torch into the venv: to unpack it takes half a minute of the processor.
+
+    pip takes it if the version is that of the Dockerfile, and else gets its own. What torch needs is not lent.
+    """
+    (target,) = (root / "opt" / "venv" / "lib").glob("python*/site-packages")
+    torch = importlib.metadata.distribution("torch")
+    source = Path(str(torch.locate_file("")))
+    for name in sorted({file.parts[0] for file in torch.files or ()} - {".."}):
+        if (root / str(source / name).lstrip("/")).exists():  # else it is on a file system that is not laid over
+            (target / name).symlink_to(source / name)
+    for place in source.parents:
+        inside = root / str(place).lstrip("/")
+        if inside.exists():
+            inside.chmod(inside.stat().st_mode | 0o055)
+
+
 @contextlib.contextmanager
 def mounted(folder: Path) -> Iterator[Image]:
     """Make the root and take it away. Skips the test, or fails it, where file systems cannot be laid over each other."""
@@ -125,6 +143,7 @@ def mounted(folder: Path) -> Iterator[Image]:
             inside = root / str(place).lstrip("/")
             inside.chmod(inside.stat().st_mode | 0o055)
         subprocess.run(["chroot", str(root), os.path.realpath(sys.executable), "-m", "venv", "/opt/venv"], check=True)
+        _lend_torch(root)
         yield image
     finally:
         for place in reversed(mounts):

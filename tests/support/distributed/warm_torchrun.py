@@ -135,8 +135,9 @@ def _stand_by(others: list[int]) -> tuple[int, int]:
     os.environ.update(environment)
     words = [word for word in args if word != "-u"]
     assert words[0] == sys.executable, args
-    if "--export_dir" in words:
-        _show_as("rank", words[words.index("--export_dir") + 1])
+    for option in ("--export_dir", "--publish"):
+        if option in words:
+            _show_as("rank", words[words.index(option) + 1])
     warm.run_here(tuple(words[1:]), str(ROOT))
     raise AssertionError("run_here does not return")
 
