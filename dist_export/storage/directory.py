@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dist_export.storage.s3 import S3
 
 _MAX_SMALL_BYTES = 4 << 30
+_MOST_READS = 10
 _SHOWN_FOLDERS = 6
 
 PARTIAL_SUFFIX = ".partial"
@@ -289,12 +290,13 @@ class Directory:
 
     def read(self, name: str) -> bytes:
         """Return a whole (small) file. OSError if it is no regular file, or has more than 4 GiB."""
-        size = self._small_size(name)
-        with naming_any(self.describe(name)):
-            data = self._read(name)
-        if len(data) != size:
-            raise OSError(errno.EIO, "changes while it is being read", self.describe(name))
-        return data
+        for _ in range(_MOST_READS):  # between the two requests it may be replaced, as current.json is
+            size = self._small_size(name)
+            with naming_any(self.describe(name)):
+                data = self._read(name)
+            if len(data) == size:
+                return data
+        raise OSError(errno.EIO, "changes while it is being read", self.describe(name))
 
     def read_text(self, name: str) -> bytes:
         """Return a whole text file, such as JSON. OSError as :meth:`read`, and if a byte is zero."""

@@ -78,9 +78,9 @@ class LocalDirectory(Directory):
             return file.read()
 
     def _read_text(self, name: str) -> bytes:
-        size = self._small_size(name)
-        with self.open_reader(name) as reader:
-            return reader.read_text(0, size)
+        self._small_size(name)
+        with self.open_reader(name) as reader:  # the file may have been replaced since then by a longer one
+            return reader.read_text(0, os.fstat(reader.fd).st_size)
 
     def open_reader(self, name: str) -> RangeReader:
         """Open a file for ranged reads."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_export.errors import TransferError
-from dist_export.storage.directory import Directory, digest_file, pieces_of
+from dist_export.storage.directory import Directory, FileStat, digest_file, pieces_of
 
 MIB = 1 << 20
 
@@ -139,6 +139,23 @@ class DirectoryContract:
         with pytest.raises(OSError, match=r"zero"):
             directory.read_text("f")
         assert directory.read("f") == b'{"a"\0: 1}'
+
+    @pytest.mark.parametrize("ask", ["read", "read_text"])
+    def test_a_file_that_is_replaced_between_look_and_read(
+        self, directory: Directory, monkeypatch: pytest.MonkeyPatch, ask: str
+    ) -> None:
+        """A reader gets one whole content: what a publisher replaces while others read is no damaged file."""
+        directory.write("a", b"short")
+        stat, contents = type(directory).stat, [b"much longer", b"short again"]
+
+        def look(its: Directory, name: str) -> FileStat:
+            found = stat(its, name)
+            if contents:
+                its.write(name, contents.pop(0))
+            return found
+
+        monkeypatch.setattr(type(directory), "stat", look)
+        assert getattr(directory, ask)("a") in (b"much longer", b"short again")
 
     def test_a_file_is_created_by_one_alone(self, directory: Directory) -> None:
         directory.make()
