@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from dist_export.archive.output_diff import has_same_values
 from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS, distinct_names
 from dist_export.dense.load_hooks import has_load_hooks
@@ -86,7 +87,7 @@ def _list_plain(module: nn.Module) -> dict[str, Any]:
 
 
 def _has_changed(owner: Mapping[str, Any], name: str, tensor: torch.Tensor, values: torch.Tensor) -> bool:
-    return owner.get(name) is not tensor or not torch.equal(local_part(tensor), values)
+    return owner.get(name) is not tensor or not has_same_values(local_part(tensor), values)
 
 
 def _keep(

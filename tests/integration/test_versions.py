@@ -341,8 +341,8 @@ def test_a_server_follows_the_current_version(run: Path, tmp_path: Path) -> None
     watcher = Watcher(f"versions:{where}", poll_secs=0.01)
     watcher.start()
     try:
-        for digest in (publish(run, where, 20).digest, publish(run, where, 100).digest):
-            wait_for(watcher, digest)
+        for step in (20, 100):
+            wait_for(watcher, publish(run, where, step).digest)
         VersionDirectory().rollback(str(where), next(n for n in names_of(where) if n.startswith("5-")))
         wait_for(watcher, first.digest)
     finally:
