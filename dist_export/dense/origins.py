@@ -77,8 +77,9 @@ class Origins:
         for tensor in tensors_in(output):
             self.look(tensor, "it is returned")
         widths = {shape[-1] for shape in self._counts.outside}
+        registered = self._registered() if widths else set()  # torchrec's lookups have views of what is registered
         for path, parameter in self._hidden() if widths else ():
-            if parameter.dim() == 2 and parameter.shape[-1] in widths:
+            if parameter.dim() == 2 and parameter.shape[-1] in widths and address_of(parameter) not in registered:
                 self._counts.unregistered.setdefault(path, _describe(parameter))
 
     def _note(self, tensor: torch.Tensor, address: int) -> None:

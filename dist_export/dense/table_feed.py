@@ -194,7 +194,8 @@ class _Feeds:
             table = next((table for table in found if table is not None), None)
             if table is None or self._is_sharded(table, tensor):
                 continue
-            if is_of_library(module) and self._finder.rows_by_number(table) != len(tensor):
+            shape = self._finder.rows_by_number(table), *self._finder.embedding_of(table).inner_shape
+            if is_of_library(module) and shape != tuple(tensor.shape):
                 self._counts.unseen[table] = (
                     f"the model's {self._names.join(plain_name(paths[0]))} ({type(module).__name__}) holds a part of it, or lays "
                     "it out in another way"

@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from dist_export.errors import ModelError
 from dist_export.model.sparse_tables import keeps_tables
-from dist_export.model.unwrap import is_fully_sharded
+from dist_export.model.unwrap import is_fully_sharded, unwrap
 
 _SENT = "c10d"
 """Namespace of the operators by which torch talks to other ranks, whatever function or wrapper calls them."""
 _FUNCTIONAL = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d_functional"})
 """Those that a trace takes in without sending anything. A program with one is refused once it is there, with its line."""
+_TORCHREC_SHARDED = "torchrec.distributed."
 _MISSING = object()
 
 
@@ -34,6 +35,9 @@ def say_sharded(root: nn.Module, dense_arch: nn.Module | None, tables: Collectio
     for path, module, is_library in _walk(root, dense_arch):
         if is_fully_sharded(module):
             return _say(f"fully_shard is around {path or 'all of it'}", "without fully_shard")
+        if type(module).__module__.startswith(_TORCHREC_SHARDED) and unwrap(module) is module:
+            how = "before it is sharded, and a checkpoint that DCP has saved as ckpt_dir,"
+            return _say(f"torchrec has sharded {path or 'all of it'} ({type(module).__name__})", how)
         own = {**module._parameters, **module._buffers}  # noqa: SLF001 -- its own alone
         for name, tensor in {} if is_library else own.items():
             if (

@@ -121,3 +121,34 @@ def test_an_id_out_of_range_is_the_modules_own_complaint(make_finder) -> None:
     sparse = Sparse(lambda s, ids: s.user(ids), user=embed())
     with pytest.raises(ModelError, match=r"the sparse arch fails.*IndexError"):
         run(sparse, torch.tensor([99]), make_finder(sparse__user=table_of([3], num_parts=1)))
+
+
+def as_held_by_torchrec(weight: torch.Tensor) -> nn.Module:
+    """What torchrec's sharded collections register of a table: a module of torch's own, with this rank's shard as its weight."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight)
+    return holder
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (10, 1), (5, 1)], ids=["rows", "columns", "both"])
+def test_a_shard_of_a_table_in_a_module_of_torch_takes_no_rows_and_is_named(shape, make_finder) -> None:
+    shard = torch.full(shape, -1.0)
+    sparse = Sparse(lambda s, ids: s.user.weight[ids], user=as_held_by_torchrec(shard))
+    finder = make_finder(sparse__user=table_of(list(range(10)), num_parts=1))
+    finder.rows_by_number = lambda _: 10
+    found, counts = run(sparse, torch.tensor([1, 3]), finder)
+    assert torch.equal(found, torch.full((2, shape[1]), -1.0))
+    assert "holds a part of it" in counts.unseen["sparse.user"]
+
+
+def test_a_view_of_a_registered_weight_in_a_list_is_not_called_unregistered(make_finder) -> None:
+    """A block of unknown origin makes every parameter of its width count that is in no state, but not a view of one that is."""
+    sparse = Sparse(lambda s, ids: s.user(ids) + s.kept[0], user=embed())
+    sparse.kept = [torch.zeros(2)]  # as what other ranks send: made by no operator that is seen
+    sparse.lookups = [nn.Parameter(sparse.user.weight.detach()[2:])]
+    _, counts = run(sparse, torch.tensor([3]), make_finder(sparse__user=table_of([3], num_parts=1)))
+    assert counts.outside
+    assert not counts.unregistered
+    sparse.lookups.append(nn.Parameter(torch.zeros(3, 2)))
+    _, counts = run(sparse, torch.tensor([3]), make_finder(sparse__user=table_of([3], num_parts=1)))
+    assert list(counts.unregistered) == ["sparse.lookups[1]"]

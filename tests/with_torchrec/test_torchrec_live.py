@@ -17,7 +17,7 @@ from tests.support.live_models import bytes_of, read_rows
 
 pytest.importorskip("torchrec")
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.torchrec]
 
 
 class Model(nn.Module):
