@@ -207,13 +207,15 @@ def _rules_of(table: str, rules: Rules) -> Rules:
 
 def _numbers(rows: np.ndarray, slot: SlotMeta) -> list[list[float]]:
     """Return the values of rows of a slot (uint8, (n, bytes)), read by torch; whole numbers stay whole."""
+    if not len(rows):
+        return []  # torch reads no rows whose bytes lie apart, as those of an empty slice of columns do
     if slot.encoding:
         dim = rows.shape[1] - 8
         tail = torch.from_numpy(np.ascontiguousarray(rows[:, dim:])).view(torch.float32)
         packed = torch.from_numpy(np.ascontiguousarray(rows[:, :dim])) * tail[:, :1] + tail[:, 1:]
         return packed.double().tolist()
     kind = getattr(torch, DTYPES[slot.dtype].torch)
-    values = torch.from_numpy(rows).view(kind)
+    values = torch.from_numpy(np.ascontiguousarray(rows)).view(kind)
     return (values.double() if kind.is_floating_point else values).tolist()
 
 
