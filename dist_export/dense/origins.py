@@ -45,6 +45,10 @@ class Origins:
         self._known: set[int] = set()
         """Addresses of registered state, of the batch, and of what the call has made."""
         self._elsewhere: set[int] = set()
+        self._parameters: dict[int, torch.Tensor] = {}
+        self._outside: dict[int, dict[tuple[int, ...], str]] = {}
+        """Address -> parameter that is not registered, or shapes of other tensors and how they came: until the call ends, for
+        FSDP gathers values into a parameter before it registers it."""
 
     def begin(self, given: Any) -> None:
         """Take in what the arch is called with."""
@@ -63,19 +67,26 @@ class Origins:
         address = address_of(tensor)
         if not address or address in self._known:
             return
-        if address not in self._elsewhere and address in self._registered():  # FSDP registers what it has gathered
+        is_parameter = isinstance(tensor, nn.Parameter) or (tensor.requires_grad and tensor.is_leaf)
+        if (is_parameter or address not in self._elsewhere) and address in self._registered():
             self._known.add(address)
+            self._parameters.pop(address, None)
+            self._outside.pop(address, None)
             return
         self._elsewhere.add(address)
-        if isinstance(tensor, nn.Parameter) or (tensor.requires_grad and tensor.is_leaf):
-            self._note(tensor, address)
+        if is_parameter:
+            self._parameters[address] = tensor
         elif tensor.dim() and tensor.numel():
-            self._counts.outside.setdefault(tuple(tensor.shape), how)
+            self._outside.setdefault(address, {}).setdefault(tuple(tensor.shape), how)
 
     def end(self, output: Any) -> None:
         """Take in what the arch returns. A parameter that a thread may have read counts as read."""
         for tensor in tensors_in(output):
             self.look(tensor, "it is returned")
+        for address, tensor in self._parameters.items():
+            self._note(tensor, address)
+        for shapes in self._outside.values():
+            self._counts.outside = {**shapes, **self._counts.outside}
         widths = {shape[-1] for shape in self._counts.outside}
         registered = self._registered() if widths else set()  # torchrec's lookups have views of what is registered
         for path, parameter in self._hidden() if widths else ():

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from dist_export.errors import DistExportError, ExportError, StepFailedError
 from dist_export.redact import first_line
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
-from dist_export.runtime.object_exchange import broadcast_bytes, gather_objects
+from dist_export.runtime.object_exchange import gather_objects
 from dist_export.runtime.process_identity import find_launcher
 from dist_export.runtime.shared_store import SharedStore
 from dist_export.runtime.watchdog import Watchdog
@@ -204,7 +204,7 @@ class Ranks:
             self._meet(step, raised, failure)
         told = (result, None) if failure is None else (result, (*failure, step))
         try:
-            outcomes = gather_objects(told, self.world_size, self._group)
+            outcomes = self._gather_objects(told)
         except RuntimeError as error:
             if raised is not None:
                 self._watchdog.fail(_describe(raised, self._watchdog.say_on_disk)[0])
@@ -239,12 +239,33 @@ class Ranks:
         told = self.all_gather(step, keep if self.rank == 0 else _nothing)[0]
         if isinstance(told, int):
             try:
-                told = broadcast_bytes(pickled[0] if self.rank == 0 else None, told, self._group)
+                told = self._broadcast_bytes(pickled[0] if self.rank == 0 else bytes(told))
             except RuntimeError as error:
                 raise self._lost(step, error) from error
         if self.rank == 0 or told is None:
             return kept[0]
         return cast("T", pickle.loads(told))  # noqa: S301 -- it comes from rank 0 of this job, like all exchanged data
+
+    def _gather_objects(self, given: Any) -> list[Any]:
+        import numpy as np
+        import torch
+        import torch.distributed as dist
+
+        def gather(own: np.ndarray) -> np.ndarray:
+            gathered = np.empty((self.world_size, own.size), np.uint8)  # torch's default device may be a GPU
+            dist.all_gather(list(torch.from_numpy(gathered).unbind(0)), torch.from_numpy(own), group=self._group)
+            return gathered
+
+        return gather_objects(given, gather)
+
+    def _broadcast_bytes(self, data: bytes) -> bytes:
+        """Return ``data`` of rank 0; on the others it has the same length."""
+        import torch
+        import torch.distributed as dist
+
+        held = bytearray(data)
+        dist.broadcast(torch.frombuffer(held, dtype=torch.uint8), src=0, group=self._group)
+        return bytes(held)
 
     def run(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> T:
         """Run ``work`` on every rank and return this rank's own result, which is not sent to other ranks. All ranks."""

@@ -1,6 +1,6 @@
 """Ranks of one export as threads of one process, with the real code of each, and counters where it meets the others.
 
-``Ranks`` is the real one. Below it ``gather_objects`` hands over the objects, and the job's store is a dictionary; both count
+``Ranks`` is the real one. Below it a gather hands over the objects, and the job's store is a dictionary; both count
 what the real ones would send. No network, no watchdog: its beats are counted by themselves.
 """
 
@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from dist_export.runtime import ranks as runtime_ranks
 from dist_export.runtime.object_exchange import FIRST_BYTES, LENGTH_BYTES
 from dist_export.runtime.ranks import Ranks
 
@@ -168,17 +167,17 @@ class _Group:
 
 @contextmanager
 def _replaced() -> Iterator[None]:
-    def gather_objects(given: Any, world_size: int, group: _Group) -> list[Any]:
-        assert world_size == group.gathers.world_size
-        return group.gathers.exchange(given, group.rank)
+    def gather_objects(ranks: Ranks, given: Any) -> list[Any]:
+        gathers: Gathers = ranks._group.gathers  # noqa: SLF001 -- what stands for gloo below the ranks
+        return gathers.exchange(given, ranks.rank)
 
-    def broadcast_bytes(data: bytes | None, num_bytes: int, group: _Group) -> bytes:
-        assert data is None or len(data) == num_bytes
-        return group.gathers.broadcast(data)
+    def broadcast_bytes(ranks: Ranks, data: bytes) -> bytes:
+        gathers: Gathers = ranks._group.gathers  # noqa: SLF001
+        return gathers.broadcast(data if ranks.rank == 0 else None)
 
     with (
-        mock.patch.object(runtime_ranks, "gather_objects", gather_objects),
-        mock.patch.object(runtime_ranks, "broadcast_bytes", broadcast_bytes),
+        mock.patch.object(Ranks, "_gather_objects", gather_objects),
+        mock.patch.object(Ranks, "_broadcast_bytes", broadcast_bytes),
         mock.patch.object(dist, "destroy_process_group"),
     ):
         yield
