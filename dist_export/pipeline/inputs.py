@@ -124,6 +124,7 @@ def open_source(
     ``weights`` are what the model of a checkpoint says; ``exports_dense``: whether a model in memory is traced.
     """
     if source is None:
+        from dist_export.dense.own_parameters import reshard
         from dist_export.live.assemble import open_live
         from dist_export.live.left_out import add_others, list_others
         from dist_export.model.unwrap import find_arch  # a copy of files needs no torch
@@ -133,6 +134,7 @@ def open_source(
         def look() -> Any:
             if model is None:
                 raise ConfigError("format is live, but there is no model whose tables could be exported; set model")
+            reshard(model)  # its shards are what is read, and a forward may have left whole parameters in their place
             return find_arch(model, name, "sparse_model_name")
 
         sparse_arch = ranks.check("look into the model", look)

@@ -297,6 +297,29 @@ def export_sharded(rank: int, out: Path) -> dict[str, Any]:
     }
 
 
+def export_sharded_twice(rank: int, out: Path) -> dict[str, float]:
+    """A model of which FSDP holds all tables, whole after a forward, over several batches: each call gathers them again."""
+    del rank
+    model = Mixed()
+    model.sparse_arch = Sharding()
+    fully_shard(model.sparse_arch.city, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    batches = [{"city": torch.arange(5) + at} for at in range(3)]
+    with torch.no_grad():
+        expected = model.dense_arch(model.sparse_arch(batches[2]))
+    manifest = exports.exporter(model, "sparse_arch", "dense_arch", batches, None, out).export()
+    assert manifest.parity is not None
+    with torch.no_grad():
+        assert repr(model.dense_arch(model.sparse_arch(batches[2]))) == repr(expected)
+    return manifest.parity.max_abs
+
+
+def test_a_sharded_model_that_has_run_is_exported_over_several_batches(tmp_path: Path) -> None:
+    """Whole parameters that the forward left were read in place of the shards, and the second call's counted as strangers."""
+    told = run_ranks(export_sharded_twice, 2, tmp_path / "store", tmp_path / "out")
+    assert told == [{"ctr": 0.0}] * 2
+    assert np.array_equal(read_rows(tmp_path / "out")["sparse_arch.city.weight"], bytes_of(city_rows()))
+
+
 class Sharding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
