@@ -165,9 +165,10 @@ def say_computed(module: nn.Module) -> str:
 def _is_embedding(module: nn.Module) -> bool:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return True
-    has_sizes = all(isinstance(getattr(module, size, None), int) for size in ("num_embeddings", "embedding_dim"))
+    if not all(isinstance(getattr(module, size, None), int) for size in ("num_embeddings", "embedding_dim")):
+        return False  # nothing else is read of it: a weight under spectral_norm changes buffers whenever it is read
     weight = getattr(module, _WEIGHT, None)
-    return has_sizes and isinstance(weight, nn.Parameter) and not is_lazy(weight) and weight.dim() == 2
+    return isinstance(weight, nn.Parameter) and not is_lazy(weight) and weight.dim() == 2
 
 
 def _names_in_state(module: nn.Module) -> list[str]:
