@@ -225,6 +225,8 @@ class _Reads(TorchDispatchMode):
         self._watched = {name: address for name, address in addresses.items() if address}
         self._made_of: dict[int, frozenset[str]] = {}
         """Address -> the names of what its values are made of."""
+        self._alive: dict[int, torch.Tensor] = {}
+        """What has these addresses. If it went, what no operator makes, such as an array of numpy, could get its memory."""
         self._read: set[str] = set()
         self._is_on = False
         begin, end = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
@@ -243,6 +245,7 @@ class _Reads(TorchDispatchMode):
         self._is_on = False
         self._read |= self._sources(output)
         self._made_of.clear()
+        self._alive.clear()
 
     def _sources(self, value: Any) -> frozenset[str]:
         found = [self._made_of.get(address_of(tensor), frozenset()) for tensor in tensors_in(value)]
@@ -251,8 +254,10 @@ class _Reads(TorchDispatchMode):
     def mark(self, name: str, value: Any) -> None:
         """Take ``value``, which a table of this name returned, for made of its rows."""
         if self._is_on:
-            for address in {address_of(tensor) for tensor in tensors_in(value)} - {0}:
-                self._made_of[address] = self._made_of.get(address, frozenset()) | {name}
+            for address, tensor in _by_address(value).items():
+                if address:
+                    self._made_of[address] = self._made_of.get(address, frozenset()) | {name}
+                    self._alive.setdefault(address, tensor)
 
     def note_numbers(self, value: Any) -> None:
         """Take in what becomes Python numbers or an array of numpy, where nobody sees what they are used for."""
@@ -269,10 +274,11 @@ class _Reads(TorchDispatchMode):
                 self._read |= sources
             if func.overloadpacket in _OF_SHAPES:
                 sources = frozenset()
-            for address in {address_of(tensor) for tensor in tensors_in([_written(func, args, kwargs or {}), result])}:
+            for address, tensor in _by_address([_written(func, args, kwargs or {}), result]).items():
                 before = self._made_of.pop(address, frozenset())  # of what had this memory, unless it is the same
                 if now := sources | (before if address in old else frozenset()):
                     self._made_of[address] = now
+                    self._alive.setdefault(address, tensor)
         return result
 
     def __exit__(self, *error: object) -> None:
@@ -280,6 +286,10 @@ class _Reads(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+
+def _by_address(value: Any) -> dict[int, torch.Tensor]:
+    return {address_of(tensor): tensor for tensor in tensors_in(value)}
 
 
 def _flat_wrappers(root: nn.Module, arches: Sequence[nn.Module]) -> list[nn.Module]:
