@@ -45,10 +45,10 @@ class Origins:
         self._known: set[int] = set()
         """Addresses of registered state, of the batch, and of what the call has made."""
         self._elsewhere: set[int] = set()
-        self._parameters: dict[int, torch.Tensor] = {}
+        self._parameters: dict[int, tuple[str, str]] = {}
         self._outside: dict[int, dict[tuple[int, ...], str]] = {}
-        """Address -> parameter that is not registered, or shapes of other tensors and how they came: until the call ends, for
-        FSDP gathers values into a parameter before it registers it."""
+        """Address -> path and description of a parameter that is not registered, or shapes of other tensors and how they came.
+        They count when the call ends, for FSDP gathers values into a parameter before it registers it."""
 
     def begin(self, given: Any) -> None:
         """Take in what the arch is called with."""
@@ -74,17 +74,17 @@ class Origins:
             self._outside.pop(address, None)
             return
         self._elsewhere.add(address)
-        if is_parameter:
-            self._parameters[address] = tensor
-        elif tensor.dim() and tensor.numel():
+        if is_parameter and address not in self._parameters:
+            self._parameters[address] = self._name(tensor, address), _describe(tensor)
+        elif not is_parameter and tensor.dim() and tensor.numel():
             self._outside.setdefault(address, {}).setdefault(tuple(tensor.shape), how)
 
     def end(self, output: Any) -> None:
         """Take in what the arch returns. A parameter that a thread may have read counts as read."""
         for tensor in tensors_in(output):
             self.look(tensor, "it is returned")
-        for address, tensor in self._parameters.items():
-            self._note(tensor, address)
+        for path, described in self._parameters.values():
+            self._counts.unregistered.setdefault(path, described)
         for shapes in self._outside.values():
             self._counts.outside = {**shapes, **self._counts.outside}
         widths = {shape[-1] for shape in self._counts.outside}
@@ -93,11 +93,9 @@ class Origins:
             if parameter.dim() == 2 and parameter.shape[-1] in widths and address_of(parameter) not in registered:
                 self._counts.unregistered.setdefault(path, _describe(parameter))
 
-    def _note(self, tensor: torch.Tensor, address: int) -> None:
+    def _name(self, parameter: torch.Tensor, address: int) -> str:
         path = next((path for path, held in self._hidden() if address_of(held) == address), None)
-        self._counts.unregistered.setdefault(
-            path or f"a parameter of {list(tensor.shape)} elsewhere", _describe(tensor)
-        )
+        return path or f"a parameter of {list(parameter.shape)} elsewhere"
 
     def _hidden(self) -> list[tuple[str, torch.Tensor]]:
         return list(hidden_parameters(self._arch, self._path))
