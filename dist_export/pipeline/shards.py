@@ -27,6 +27,8 @@ from dist_export.workdir.state import Receipt, withdraw_receipts
 
 logger = logging.getLogger(__name__)
 
+_HEARING_SECS = 0.2
+
 
 def transfer(
     ranks: Ranks,
@@ -65,7 +67,9 @@ def transfer(
                     ranks.announce_failure()
                     raise
                 finally:
-                    concurrent.futures.wait([written])
+                    # Python hears a signal that comes right before an endless wait only when that ends
+                    while concurrent.futures.wait([written], timeout=_HEARING_SECS).not_done:
+                        pass
                 written.result()
 
             try:
