@@ -110,10 +110,10 @@ class Watcher:
                 )
             return
         self._seen = seen
-        if served.version != self.current.version:
+        before, self.current = self.current, served
+        if served.version != before.version:
             self.num_swaps += 1
-            logger.info("serving package %s in place of %s", served.version, self.current.version)
-        self.current = served
+            logger.info("serving package %s in place of %s", served.version, before.version)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._poll_secs):
