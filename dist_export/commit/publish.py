@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -259,30 +259,42 @@ def describe_dense_tensors(
     )
 
 
+class Earlier(NamedTuple):
+    """A package whose files those of this one may repeat."""
+
+    directory: Directory
+    files: frozenset[FileEntry]
+
+
 def write_small_files(
     target: Directory,
     files: Mapping[str, bytes],
     *,
     digest: str = XXH3,
     keep: frozenset[str] = frozenset(),
+    earlier: Earlier | None = None,
     chunk_bytes: int = STANDARD.chunk_bytes,
 ) -> list[FileEntry]:
     """Write files in the given order, and return their entries. Files in ``keep`` are not written if they already exist.
 
-    A file of Triton's model repository that repeats another one is a hard link to it, where the target can have one. These files
-    always have a digest, even if the shards have none. It costs little, and it reveals a damaged index.
+    A file of Triton's model repository that repeats another one, and one that ``earlier`` has with the same content, is a hard
+    link to it or a copy by the store, where that is possible. These files always have a digest, even if the shards have none.
+    It costs little, and it reveals a damaged index.
     """
     algorithm = XXH3 if digest == NONE else digest
     entries = []
     for name, data in files.items():
-        if name not in keep or not target.exists(name):
-            original = find_original(name)
-            if original is not None and files.get(original) == data:
-                target.write_again(name, original, data)
-            else:
-                target.write(name, data)
-        found = digest_bytes(data, algorithm, chunk_bytes=chunk_bytes)
-        entries.append(FileEntry(path=name, num_bytes=len(data), digest=found))
+        entry = FileEntry(path=name, num_bytes=len(data), digest=digest_bytes(data, algorithm, chunk_bytes=chunk_bytes))
+        entries.append(entry)
+        if name in keep and target.exists(name):
+            continue
+        original = find_original(name)
+        if original is not None and files.get(original) == data:
+            target.write_again(name, original, data)
+        elif earlier is not None and entry in earlier.files:
+            target.write_again(name, name, data, earlier.directory)
+        else:
+            target.write(name, data)
     return entries
 
 

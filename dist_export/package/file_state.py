@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from dist_export.formats.digests import ALGORITHMS, algorithm_of, missing_package
-
-_PIECE_BYTES = 1 << 20
 
 
 class FileState(NamedTuple):
@@ -36,14 +33,6 @@ def state_of(found: os.stat_result) -> FileState:
     """Return the state of a file on a disk."""
     version = (found.st_dev, found.st_ino, found.st_mtime_ns)
     return FileState(found.st_size, version, found.st_ctime_ns, found.st_nlink)
-
-
-def read_pieces_of(fd: int) -> Iterator[memoryview]:
-    """Yield the content of an open file from begin to end, through one reused buffer."""
-    buffer, offset = memoryview(bytearray(_PIECE_BYTES)), 0
-    while count := os.preadv(fd, [buffer], offset):
-        yield buffer[:count]
-        offset += count
 
 
 def can_hash(digest: str) -> bool:

@@ -18,11 +18,11 @@ import numpy as np
 from dist_export.errors import DistExportError, EndedError, PackageError
 from dist_export.formats.digests import algorithm_of, digest_bytes, digest_pieces
 from dist_export.package.file_pool import FilePool
-from dist_export.package.file_state import FileState, can_hash, read_pieces_of, state_of
+from dist_export.package.file_state import FileState, can_hash, state_of
 from dist_export.package.held_file import HeldFile
 from dist_export.package.links import refuse_link_out
 from dist_export.storage.directory import Directory, FileStat
-from dist_export.storage.local_io import close_quietly
+from dist_export.storage.local_io import close_quietly, read_pieces_of
 from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
 from dist_export.storage.urls import reopen_directory
 

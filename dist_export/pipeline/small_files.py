@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from dist_export.commit.publish import DenseMeta, render_indexes, write_small_files
+from dist_export.commit.publish import DenseMeta, Earlier, render_indexes, write_small_files
 from dist_export.formats.recis import MERGED
 from dist_export.manifest import FileEntry
 from dist_export.pipeline.inputs import FG, encode_fg
@@ -34,8 +34,15 @@ def write_rest_of_files(export: ExportState) -> list[FileEntry]:
         shards = [] if planned is None else [file.name for file in planned.plan.files]
         beside = {file.path for file in (*export.index_files, *export.deleted_files)}
         remove_strays(target, {*shards, *beside})
-    task = export.task
-    return write_small_files(target, small, digest=task.config.digest, keep=keep, chunk_bytes=task.tuning.chunk_bytes)
+    task, base = export.task, export.base
+    return write_small_files(
+        target,
+        small,
+        digest=task.config.digest,
+        keep=keep,
+        earlier=None if base is None else Earlier(base.directory, frozenset(base.manifest.files)),
+        chunk_bytes=task.tuning.chunk_bytes,
+    )
 
 
 def open_scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:

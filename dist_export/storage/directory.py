@@ -332,20 +332,16 @@ class Directory:
         with ACTIVITY.of(where), naming_any(where):
             self._write(name, data)
 
-    def write_again(self, name: str, original: str, data: bytes) -> None:
-        """Write a file with the content ``data`` of another file of this directory. A disk makes a hard link where it can.
-
-        Raises:
-            OSError, TransferError: as :meth:`write`.
-        """
+    def write_again(self, name: str, original: str, data: bytes, there: Directory | None = None) -> None:
+        """Do as :meth:`write`; if ``original``, of ``there`` or of this directory, has this content, by a link or store copy."""
         where = self.describe(name)
         with ACTIVITY.of(where), naming_any(where):
-            if not self._link(name, original):
+            if not self._repeat(name, there or self, original, data):
                 self._write(name, data)
 
-    def _link(self, name: str, original: str) -> bool:
-        """Make ``name`` a hard link to ``original``. Return whether that was possible; stores have no links."""
-        del name, original
+    def _repeat(self, name: str, there: Directory, original: str, data: bytes) -> bool:
+        """Write ``name`` as ``original`` without sending ``data``; return whether that holds ``data`` and it was possible."""
+        del name, there, original, data
         return False
 
     def remove(self, name: str) -> None:

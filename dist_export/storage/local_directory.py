@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -15,7 +16,7 @@ from dist_export.errors import TransferError
 from dist_export.redact import reason_of
 from dist_export.storage.directory import PARTIAL_SUFFIX, Directory, FileStat
 from dist_export.storage.file_systems import trace_of
-from dist_export.storage.local_io import make_directories, sync_directory, write_new
+from dist_export.storage.local_io import make_directories, read_pieces_of, sync_directory, write_new
 from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
 
 
@@ -112,21 +113,29 @@ class LocalDirectory(Directory):
             self._take_back(name, error)  # the file exists now, but may be lost in a crash
             raise
 
-    def _link(self, name: str, original: str) -> bool:
+    def _repeat(self, name: str, there: Directory, original: str, data: bytes) -> bool:
+        """Make ``name`` a hard link to the other file, if that is a regular file with this content."""
         path = self.join(name)
         folder, partial = os.path.dirname(path), path + PARTIAL_SUFFIX
         make_directories(folder)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
         try:
-            os.link(self.join(original), partial)
-        except OSError:  # the file system has no hard links, or no more of this file
+            os.link(there.join(original), partial, follow_symlinks=False)
+        except (
+            OSError
+        ):  # another file system, one without hard links, no more links of this file, or a file of another user
             return False
-        os.replace(partial, path)
-        with contextlib.suppress(FileNotFoundError):  # a rename over a link to the same file does nothing
-            os.unlink(partial)
-        sync_directory(folder)
-        return True
+        try:
+            is_same = _makes_durable(partial, data)  # the new name stays, whatever becomes of the old one
+            if is_same:
+                os.replace(partial, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # a rename over a link to the same file does nothing
+                os.unlink(partial)
+        if is_same:
+            sync_directory(folder)
+        return is_same
 
     def _take_back(self, name: str, error: Exception) -> None:
         try:
@@ -198,6 +207,27 @@ def leftover_error(where: str, error: Exception, second: Exception) -> TransferE
         f"{where}: writing it failed ({reason_of(error)}), and what may be there of it cannot be "
         f"removed ({reason_of(second)}). Remove it and run the export again"
     )
+
+
+def _makes_durable(path: str, data: bytes) -> bool:
+    """Return whether a path is a regular file with this content, which is durable then."""
+    try:
+        fd = os.open(path, OPEN_FLAGS | os.O_NOFOLLOW)
+    except OSError:  # a symbolic link, or a file that only its owner can read
+        return False
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != len(data):
+            return False
+        offset = 0
+        for piece in read_pieces_of(fd):
+            if piece != data[offset : offset + len(piece)]:
+                return False
+            offset += len(piece)
+        os.fsync(fd)
+        return offset == len(data)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

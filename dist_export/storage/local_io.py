@@ -16,6 +16,8 @@ from dist_export.redact import first_line, reason_of
 _FILE_NAME_BYTES = 128
 """Room for the longest path within a package, and for its temporary name."""
 
+_PIECE_BYTES = 1 << 20
+
 _NUMBERS = {
     FileNotFoundError: errno.ENOENT,
     FileExistsError: errno.EEXIST,
@@ -62,6 +64,14 @@ def write_new(path: str, data: bytes) -> None:
         close_quietly(fd)
         raise
     os.close(fd)  # some file systems write only now, and report a failure only now
+
+
+def read_pieces_of(fd: int) -> Iterator[memoryview]:
+    """Yield the content of an open file from begin to end, through one reused buffer."""
+    buffer, offset = memoryview(bytearray(_PIECE_BYTES)), 0
+    while count := os.preadv(fd, [buffer], offset):
+        yield buffer[:count]
+        offset += count
 
 
 def refuse_zero(written: int) -> int:

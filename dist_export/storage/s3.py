@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from dist_export.errors import UserError
-from dist_export.storage.retry import why_unreachable, with_retries
+from dist_export.storage.retry import is_transient, why_unreachable, with_retries
 from dist_export.storage.s3_conditions import get_matching, is_refused
 from dist_export.storage.traffic import TRAFFIC
 
@@ -230,6 +230,25 @@ class S3:
         found = self._call("put_object", path, Body=data)
         TRAFFIC.add(uploaded=len(data))
         return str(found["ETag"])
+
+    def copy_if_same(self, source: str, path: str, data: bytes) -> bool:
+        """Make the store copy an object that has the content ``data``; return whether it did.
+
+        Its ETag is the MD5 of its content if it was written by one request and not encrypted with a key of the user's. Any
+        other object is not copied.
+        """
+        bucket, _, key = source.partition("/")
+        etag = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        try:
+            found = self._call("copy_object", path, CopySource={"Bucket": bucket, "Key": key}, CopySourceIfMatch=etag)
+        except OSError as error:
+            if is_transient(error):
+                raise
+            return False  # another content, no such object, or no right to copy it
+        if _unquoted(str(found["CopyObjectResult"]["ETag"])) != etag:  # a store that does not know the condition
+            return False
+        TRAFFIC.add(copied=len(data))
+        return True
 
     def put_if(self, path: str, data: bytes, *, etag: str | None) -> str | None:
         """Write an object only if there is none (``etag`` None), or only over the one with this ETag; return the new ETag.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import fsspec
 
 from dist_export.runtime.io_activity import ACTIVITY
-from dist_export.storage.directory import FileStat, Location
+from dist_export.storage.directory import Directory, FileStat, Location
 from dist_export.storage.fsspec_directory import FsspecDirectory
 from dist_export.storage.local_io import naming_any
 from dist_export.storage.range_reader import RangeReader
@@ -73,6 +73,12 @@ class S3Directory(FsspecDirectory):
 
     def _write(self, name: str, data: bytes) -> None:
         self.s3.put(self.join(name), data)  # whole or not at all, so there is nothing to remove
+
+    def _repeat(self, name: str, there: Directory, original: str, data: bytes) -> bool:
+        """Make the store copy the other object, if its ETag says that it has this content."""
+        if not isinstance(there, S3Directory) or not self.is_same_store(there):
+            return False
+        return self.s3.copy_if_same(there.join(original), self.join(name), data)
 
     def write_if(self, name: str, data: bytes, *, version: str | None) -> str | None:
         """Write an object only if there is none (``version`` None), or only over the one of this version.

@@ -122,6 +122,22 @@ def test_no_row_of_the_checkpoint_is_read(checkpoints, base: Path, tmp_path: Pat
     refresh(after, tmp_path / "delta", base, score_program="require")
 
 
+def test_files_of_the_base_that_are_repeated_are_no_second_time_on_the_disk(checkpoints, tmp_path: Path) -> None:
+    """A package of the base that is open meanwhile stays so."""
+    export(checkpoints[0], tmp_path / "base")
+    with dist_export.open_package(tmp_path / "base") as package:
+        before = package.score(models.batch_of())
+        made = refresh(checkpoints[1], tmp_path / "delta", tmp_path / "base")
+        repeated = set(made.files) & set(package.manifest.files)
+        assert 2 < len(repeated) < len(made.files) - 2
+        for file in made.files:
+            pair = [tmp_path / name / file.path for name in ("base", "delta")]
+            assert (pair[0].exists() and pair[0].samefile(pair[1])) == (file in repeated), file.path
+        for name, values in package.score(models.batch_of()).items():
+            assert np.array_equal(values, before[name])
+    assert verify(tmp_path / "base").findings == verify(tmp_path / "delta").findings == []
+
+
 def test_names_and_default_rows_are_those_of_the_base(checkpoints, tmp_path: Path) -> None:
     before, after = checkpoints
     settings: dict[str, Any] = {

@@ -43,6 +43,37 @@ class TestMemory(DirectoryContract):
         open_directory(f"memory://{tmp_path.name}").remove_tree("dir")
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "directory", "pipe", "unreadable"])
+def test_a_hard_link_is_made_to_regular_files_alone(tmp_path, kind, monkeypatch):
+    old, new = open_directory(tmp_path / "old"), open_directory(tmp_path / "new")
+    old.write("real", b"data")
+    path = tmp_path / "old" / "f"
+    make = {
+        "file": lambda: path.write_bytes(b"data"),
+        "link": lambda: path.symlink_to("real"),
+        "directory": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "unreadable": lambda: path.write_bytes(b"data"),
+    }
+    make[kind]()
+    if kind == "unreadable":  # root may read all
+        real_open = os.open
+        refuse = PermissionError(errno.EACCES, "denied")
+
+        def deny(name, flags, *more):
+            if os.path.exists(name) and os.path.samefile(name, path) and not flags & os.O_WRONLY:
+                raise refuse
+            return real_open(name, flags, *more)
+
+        monkeypatch.setattr(os, "open", deny)
+    new.write_again("f", "f", b"data", old)
+    monkeypatch.undo()
+    assert new.read("f") == b"data"
+    assert not (tmp_path / "new" / "f").is_symlink()
+    assert (tmp_path / "new" / "f").stat().st_nlink == (2 if kind == "file" else 1)
+    assert [name.name for name in (tmp_path / "new").iterdir()] == ["f"]
+
+
 def test_what_is_written_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     directory = open_directory(tmp_path)
     directory.write("f", b"old")

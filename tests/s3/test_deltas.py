@@ -69,13 +69,15 @@ def test_a_new_dense_part_over_tables_in_a_store(s3_server: S3Server, tmp_path: 
     before = models.save(model, tmp_path / "before.pth")
     after = models.save(train_on(model), tmp_path / "after.pth")
     options: dict[str, Any] = {"storage_options": store.options, "row_fingerprints": False}
-    export(before, store.url("base"), **options)
+    old = export(before, store.url("base"), **options)
     export(before, tmp_path / "base", row_fingerprints=False)
     began = TRAFFIC.snapshot()
-    export(after, store.url("delta"), base=store.url("base"), need_export_sparse=False, **options)
+    made = export(after, store.url("delta"), base=store.url("base"), need_export_sparse=False, **options)
     moved = TRAFFIC.since(began)
     refresh(after, tmp_path / "delta", tmp_path / "base", row_fingerprints=False)
     assert moved["uploaded"] < 1 << 20
+    repeated = sum(file.num_bytes for file in set(made.files) & set(old.files))
+    assert 0 < repeated <= moved["copied"]
     assert verify(store.url("delta"), store.options, base=store.url("base")).findings == []
     batch = models.batch_of()
     with (

@@ -7,6 +7,7 @@ import pytest
 from dist_export.storage.directory import Directory
 from dist_export.storage.s3 import S3
 from dist_export.storage.s3_directory import S3Directory
+from dist_export.storage.traffic import TRAFFIC
 from dist_export.storage.urls import open_directory
 from tests.support.directory_contract import DirectoryContract
 from tests.support.s3.s3_cases import Store
@@ -24,6 +25,33 @@ class TestS3(DirectoryContract):
         directory = open_directory(store.url("dir"), store.options)
         yield directory
         open_directory(store.url(""), store.options).remove_tree("dir")
+
+
+@pytest.mark.parametrize(("there", "is_copied"), [(b"same", True), (b"else", False), (None, False)])
+def test_the_store_copies_what_repeats_another_object(store: Store, there: bytes | None, is_copied: bool) -> None:
+    old, new = (open_directory(store.url(name), store.options) for name in ("old", "new"))
+    if there is not None:
+        old.write("f", there)
+    began = TRAFFIC.snapshot()
+    new.write_again("f", "f", b"same", old)
+    moved = TRAFFIC.since(began)
+    assert new.read("f") == b"same"
+    assert (moved["copied"], moved["uploaded"]) == ((4, 0) if is_copied else (0, 4))
+    assert moved["retries"] == 0
+
+
+def test_a_store_that_copies_without_the_condition_is_not_believed(store: Store, monkeypatch) -> None:
+    old, new = (open_directory(store.url(name), store.options) for name in ("old", "new"))
+    old.write("f", b"else")
+    assert isinstance(new, S3Directory)
+    real = S3._try
+    monkeypatch.setattr(
+        S3,
+        "_try",
+        lambda s3, method, **its: real(s3, method, **{k: v for k, v in its.items() if k != "CopySourceIfMatch"}),
+    )
+    new.write_again("f", "f", b"same", old)
+    assert new.read("f") == b"same"
 
 
 def test_an_object_is_replaced_only_if_it_is_the_one_that_was_meant(store: Store) -> None:

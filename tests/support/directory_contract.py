@@ -36,6 +36,22 @@ class DirectoryContract:
         directory.write("folder/a", b"three")
         assert directory.read("other/b") == b"two"
 
+    @pytest.mark.parametrize("there", [b"same", b"else", b"longer", None])
+    def test_a_file_that_repeats_one_of_another_directory(self, directory: Directory, there: bytes | None) -> None:
+        """The content that is given is written, whatever the other file holds, and that one stays as it is."""
+        other, data = directory.child("other"), b"same"
+        if there is not None:
+            other.write("deep/b", there)
+        for name in ("a", "sub/a"):
+            directory.write_again(name, "deep/b", data, other)
+            directory.write_again(name, "deep/b", data, other)  # over itself
+            assert directory.read(name) == data
+        kept = {} if there is None else {"other/deep/b": there}
+        assert {name: directory.read(name) for name in directory.walk()} == {"a": data, "sub/a": data, **kept}
+        directory.write("a", b"new")
+        other.remove("deep/b")
+        assert directory.read("sub/a") == data
+
     def test_what_is_not_there(self, directory: Directory) -> None:
         assert directory.names() == []
         assert directory.folders() == []
