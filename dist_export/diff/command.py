@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,5 +91,8 @@ def _compare_checkpoint(arguments: Mapping[str, Any], ranks: Ranks, name: str, p
     given = {option: value for option, value in given.items() if option != "treat_as_tables" or value}
     directory = open_place(path, arguments["storage_options"], follow_links=arguments["follow_links"])
     base = arguments[f"base_{other.lower()}"]
-    with ranks.run(f"open {other}", lambda: open_compared(arguments[other], base, **options)) as package:
+    with (
+        contextlib.ExitStack() as held,
+        ranks.run(f"open {other}", lambda: open_compared(arguments[other], base, **options, held=held)) as package,
+    ):
         return compare_checkpoint(ranks, directory, package, given, is_first=name == "A")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from dist_export.diff.rows import Run, RunCounts, add_counts, compare_runs, cut_
 from dist_export.errors import PackageError, UserError
 from dist_export.humanize import few
 from dist_export.manifest import Manifest
+from dist_export.package.local_cache import make_scratch
 from dist_export.package.reader import Package
 from dist_export.registry.base import resolve
 from dist_export.runtime.joining import alone
@@ -59,8 +61,9 @@ def diff(
     """
     ranks = alone() if ranks is None else ranks
     with (
-        ranks.run("open A", lambda: open_compared(a, base_a, storage_options, registry_options)) as one,
-        ranks.run("open B", lambda: open_compared(b, base_b, storage_options, registry_options)) as two,
+        contextlib.ExitStack() as held,
+        ranks.run("open A", lambda: open_compared(a, base_a, storage_options, registry_options, held)) as one,
+        ranks.run("open B", lambda: open_compared(b, base_b, storage_options, registry_options, held)) as two,
     ):
         digests = (one.manifest.digest, two.manifest.digest)
         if len(set(ranks.all_gather("compare the manifests", lambda: digests))) > 1:
@@ -103,14 +106,20 @@ def open_compared(
     base: str | os.PathLike[str] | None,
     storage_options: dict[str, Any] | None,
     registry_options: dict[str, Any] | None,
+    held: contextlib.ExitStack,
 ) -> Package:
-    """Open a package at ``path``, a delta with its base. Its files are held. UserError if it cannot be read."""
+    """Open a package at ``path``, a delta with its base. Its files are held. UserError if it cannot be read.
+
+    Of a package in a store the ids and row indexes that are looked up are in TMPDIR until ``held`` ends.
+    """
 
     def open_at(place: str | os.PathLike[str]) -> Directory:
         return open_directory(resolve(os.fspath(place), registry_options or {}).directory, storage_options)
 
     base_directory = None if base is None else open_at(base)
-    package = _unreadable(lambda: Package(open_at(path), base_directory=base_directory))
+    directory = open_at(path)
+    scratch = make_scratch(directory, held)
+    package = _unreadable(lambda: Package(directory, cache_dir=scratch, base_directory=base_directory))
     package.hold()
     return package
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -12,9 +13,20 @@ import xxhash
 
 from dist_export.errors import UserError
 from dist_export.package.opened_files import OpenedFiles
+from dist_export.storage.directory import Directory
 
 _PIECE_BYTES = 4 << 20
 _DIGEST_BYTES = 16
+
+
+def make_scratch(directory: Directory, held: contextlib.ExitStack) -> str | None:
+    """Return a new cache directory in TMPDIR for a package that is looked up piece by piece, each of which needs its ids.
+
+    ``held`` removes it. None for a package on a disk.
+    """
+    if directory.is_local:
+        return None
+    return held.enter_context(tempfile.TemporaryDirectory(prefix="dist_export-cache-", ignore_cleanup_errors=True))
 
 
 class LocalCache:
@@ -57,7 +69,7 @@ class LocalCache:
         except OSError as error:
             raise UserError(
                 f"cache_dir: {error.filename or path} cannot be used: {error.strerror or error}; give a directory that can "
-                "be written, or none. An export against a base in a store needs a TMPDIR with room"
+                "be written, or none. An export against a base in a store, and diff of packages in a store, need a TMPDIR with room"
             ) from error
 
     def _fetch(self, name: str, begin: int, num_bytes: int, path: Path) -> None:

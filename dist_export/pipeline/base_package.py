@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from dist_export.delta.mismatch import find_mismatch, row_indexed_in, state_of
 from dist_export.errors import CommitError, ConfigError, DistExportError, ExportError, PackageError, PlanError
 from dist_export.formats.recis import HASH_SIZE
 from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
+from dist_export.package.local_cache import make_scratch
 from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.older_rows import advise_compact, find_own_rows
 from dist_export.pipeline.planning import choose, read_pruning
@@ -213,15 +213,12 @@ def open_base(
         return None
 
     def open_it() -> Package:
-        directory, scratch = open_directory(path, storage_options), None
+        directory = open_directory(path, storage_options)
         if final.is_same(directory):
             raise ConfigError(
                 f"base {path} is export_dir, so that the delta would take its place; give another export_dir"
             )
-        if not directory.is_local:
-            made = tempfile.TemporaryDirectory(prefix="dist_export-base-", ignore_cleanup_errors=True)
-            scratch = held.enter_context(made)
-        package = open_package(path, storage_options=storage_options, cache_dir=scratch)
+        package = open_package(path, storage_options=storage_options, cache_dir=make_scratch(directory, held))
         held.callback(package.close)
         if any(final.is_same(layer.directory) for layer in package.layers):
             raise ConfigError(

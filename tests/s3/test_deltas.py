@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import dist_export
+from dist_export.diff.compare import diff
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.verify.verify import verify
 from tests.integration.test_delta_chains import STATES
@@ -47,7 +48,9 @@ def test_a_delta_in_a_store_is_that_on_a_disk(s3_server: S3Server, tmp_path: Pat
             assert [row.tobytes() for row in found[: len(rows)]] == [slots[0] for slots in rows.values()]
 
 
-def test_of_a_base_in_a_store_ids_row_index_and_fingerprints_are_read_once(s3_server: S3Server, tmp_path: Path) -> None:
+def test_of_a_base_in_a_store_ids_row_index_and_fingerprints_are_read_once(
+    s3_server: S3Server, tmp_path: Path, monkeypatch
+) -> None:
     """Rows are looked up in pieces: if each piece asked the store, the bytes would grow with the square of the table."""
     store, count = Store(s3_server), 200_000
     ids = np.random.default_rng(0).permutation(count)
@@ -62,6 +65,14 @@ def test_of_a_base_in_a_store_ids_row_index_and_fingerprints_are_read_once(s3_se
     assert (manifest.tables[0].delta.changed, manifest.tables[0].delta.same) == (100, count - 100)
     once = count * (8 + 8 + 6)  # of each row of the base its id, its fingerprint, and its share of the row index
     assert TRAFFIC.since(began)["downloaded"] < 1.2 * once
+    newer = save(tmp_path / "newer", {"t": (ids, rows)}, 1)  # rows of which none is near another one cost more
+    store.export(newer, store.url("large_full"))
+    monkeypatch.setattr("dist_export.diff.rows.MOST_ROWS", 5_000)
+    began = TRAFFIC.snapshot()
+    found = diff(store.url("large"), store.url("large_full"), storage_options=store.options)
+    assert (found.tables[0].changed, found.tables[0].same) == (100, count - 100)
+    rows = 2 * count * 16 * 4
+    assert TRAFFIC.since(began)["downloaded"] < 1.2 * (once + count * 8 + rows)
 
 
 def test_a_new_dense_part_over_tables_in_a_store(s3_server: S3Server, tmp_path: Path) -> None:
