@@ -69,7 +69,7 @@ class LocalCache:
         except OSError as error:
             raise UserError(
                 f"cache_dir: {error.filename or path} cannot be used: {error.strerror or error}; give a directory that can "
-                "be written, or none. An export against a base in a store, and diff of packages in a store, need a TMPDIR with room"
+                "be written, or none. In a store, the base of an export and packages of diff need a TMPDIR with room"
             ) from error
 
     def _fetch(self, name: str, begin: int, num_bytes: int, path: Path) -> None:
