@@ -145,23 +145,21 @@ class LocalDirectory(Directory):
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file unless one of this name exists; return whether it was written."""
-        make_directories(os.path.dirname(self.join(name)))
-        try:
-            write_new(self.join(name), data)
-        except FileExistsError:
-            return False
-        return True
+        return self.replace_if(name, data, expected=None)
 
     def replace_if(self, name: str, data: bytes, *, expected: bytes | None) -> bool:
         """Write a small file if its content is ``expected``, or if there is none (None); return whether it was written.
 
-        Writers take turns by a lock on a file beside it, ``.<name>.lock``, which stays.
+        Writers take turns by a lock on a file beside it, ``.<name>.lock``, which stays. Readers see no file, or a whole one.
         """
         path = self.join(name)
         make_directories(os.path.dirname(path))
         with open(os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), "ab") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
-            return super().replace_if(name, data, expected=expected)
+            if (self.read_text(name) if self.exists(name) else None) != expected:
+                return False
+            self.write(name, data)
+            return True
 
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
         """Move a file here that is durable and on the same file system; the rename becomes durable too."""

@@ -95,13 +95,19 @@ def test_a_signal_within_an_export_publishes_nothing_and_the_next_start_goes_on(
 def test_two_ranks_export_one_checkpoint_after_the_other(tmp_path: Path) -> None:
     """A failed export in between ends none of them."""
     save(tmp_path / "run", 1)
-    with watching(tmp_path, world_size=2, more=("--until_step", "4"), warm_launcher=True) as process:
+    events = tmp_path / "events.jsonl"
+    more = ("--until_step", "4", "--events", str(events))
+    with watching(tmp_path, world_size=2, more=more, warm_launcher=True) as process:
         wait_for_step(tmp_path, 1, process)
         save(tmp_path / "run", 2)
         wait_for_step(tmp_path, 2, process)
         assert_is_current(tmp_path, 2)
         save(tmp_path / "run", 3, has_duplicate=True)
-        time.sleep(2)
+        deadline = time.monotonic() + SECS
+        while '"event":"failed"' not in events.read_text().replace('": "', '":"'):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         save(tmp_path / "run", 4)
         _, errors = process.communicate(timeout=SECS)
     assert process.returncode == 0, errors

@@ -43,6 +43,22 @@ class TestMemory(DirectoryContract):
         open_directory(f"memory://{tmp_path.name}").remove_tree("dir")
 
 
+def test_a_new_file_is_never_seen_without_its_content(tmp_path, monkeypatch):
+    """Readers look for ``current.json`` while the first version is published."""
+    directory, real, seen = open_directory(tmp_path), os.write, []
+
+    def look(fd, data):
+        seen.append([directory.read(name) for name in directory.names() if name in ("f1", "f2")])
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", look)
+    assert directory.replace_if("f1", b"one", expected=None)
+    assert directory.create("f2", b"two")
+    assert not directory.create("f2", b"three")
+    assert seen == [[], [b"one"]]
+    assert directory.read("f2") == b"two"
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "directory", "pipe", "unreadable"])
 def test_a_hard_link_is_made_to_regular_files_alone(tmp_path, kind, monkeypatch):
     old, new = open_directory(tmp_path / "old"), open_directory(tmp_path / "new")
