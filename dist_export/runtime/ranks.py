@@ -26,6 +26,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _ARRIVAL_SECS = 5.0
+_FAILED_SECS = 2.0
 
 _SMALL_BYTES = 128
 """A pickled result of rank 0 up to this size is sent with the gather that reports how the step went, which stays one gather."""
@@ -363,11 +364,11 @@ class Ranks:
         threading.Thread(target=kept.clear).start()  # gloo closes its sockets in 20 ms, for which nobody has to wait
 
     def _wait_to_leave(self) -> None:
-        """Let rank 0, which may host the store, leave last. If the export failed, no rank waits."""
+        """Let rank 0, which may host the store, leave last. If the export failed on it, not all may come: it waits less."""
         try:
             left = int(self._store.add("closed", 1))
-            deadline = time.monotonic() + _ARRIVAL_SECS
-            while self.rank == 0 and left < self.world_size and time.monotonic() < deadline and not self._has_failed:
+            deadline = time.monotonic() + (_FAILED_SECS if self._has_failed else _ARRIVAL_SECS)
+            while self.rank == 0 and left < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.002)
                 left = int(self._store.add("closed", 0))
         except RuntimeError as error:  # the host of the store left before this rank

@@ -173,19 +173,29 @@ def test_a_rank_without_a_batch_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_parity_failure_stops_the_commit(tmp_path: Path) -> None:
-    """A model that takes another way for a batch of one is caught, on every rank, with exit code 1."""
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_a_parity_failure_stops_the_commit(tmp_path: Path, is_slow: bool) -> None:
+    """A model that takes another way for a batch of one is caught, on every rank, with exit code 1.
+
+    Rank 0 hosts the store where there is no torchrun: a rank that is slow to leave must not find it gone, and say so as well.
+    """
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     target = tmp_path / "out"
-    done = export_warm(
-        2,
-        source,
-        target,
-        "--model",
-        "tests.support.tiny_model:build_branching_model",
-        "--dataset",
-        tiny_model.DATASET,
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\n"
+        "from dist_export.runtime.ranks import Ranks\n"
+        "real = Ranks.tell_once\n"
+        "def tell_once(self, tell):\n"
+        "    real(self, tell)\n"
+        f"    time.sleep({float(is_slow)} * self.rank)\n"
+        "Ranks.tell_once = tell_once\n"
+        "from dist_export.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
+    places = ("--ckpt_dir", str(source), "--export_dir", str(target))
+    code = ("--model", "tests.support.tiny_model:build_branching_model", "--dataset", tiny_model.DATASET)
+    done = run_command(2, str(script), *places, *code)
     assert done.returncode == 1
     (line,) = own_lines(done.stderr)
     assert "at batch size 1" in line
