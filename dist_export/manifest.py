@@ -220,7 +220,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(raw: bytes, *, where: str) -> Manifest:
     """Read a manifest. PackageError if it is no manifest, has a later schema, or was changed after the commit."""
     try:
-        head = msgspec.json.decode(raw, type=_Head)
+        head = _HEADS.decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PackageError(f"{where} is no package manifest: {error}") from None
     if head.format != FORMAT or head.schema_version > DELTA_SCHEMA_VERSION:
@@ -229,7 +229,7 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
             f"{DELTA_SCHEMA_VERSION}. A newer dist_export may read it"
         )
     try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
+        manifest = _MANIFESTS.decode(raw)
         # if encoding it gives the same bytes, it has no unknown fields, and need not be decoded to plain values too
         is_ours = encode_manifest(manifest) == raw
         digest = _digest_of(manifest) if is_ours else compute_digest(decode_object(raw, what=where))
@@ -313,3 +313,8 @@ def _check_base(manifest: Manifest, where: str) -> None:
 class _Head(msgspec.Struct):
     format: str
     schema_version: int
+
+
+# made here, for msgspec's first look at a type crashes if several threads take it at once
+_HEADS = msgspec.json.Decoder(_Head)
+_MANIFESTS = msgspec.json.Decoder(Manifest)

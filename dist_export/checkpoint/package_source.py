@@ -29,6 +29,7 @@ from dist_export.storage.directory import WORK_DIRECTORY, Directory
 
 _OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".distcp", ".metadata")
 """Ends of the names of files that may hold tensors of a checkpoint."""
+_OBJECTS = msgspec.json.Decoder(dict[str, Any])
 
 
 def find_package(directory: Directory) -> Manifest | None:
@@ -76,7 +77,7 @@ def find_manifest(directory: Directory) -> Manifest | None:
         where = error.filename or directory.describe(MANIFEST)
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
     try:
-        if msgspec.json.decode(raw, type=dict[str, Any]).get("format") != "dist_export":
+        if _OBJECTS.decode(raw).get("format") != "dist_export":
             return None
         manifest = decode_manifest(raw, where=directory.describe(MANIFEST))
     except msgspec.MsgspecError:

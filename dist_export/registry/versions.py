@@ -41,7 +41,6 @@ class Switch(msgspec.Struct, frozen=True, kw_only=True):
     """UTC, as ISO 8601 with microseconds."""
     step: int | None = None
     base: str | None = None
-    """The version that a delta package needs, or the directory of a base elsewhere; null for a full package."""
     num_deltas: int = 0
     """How many deltas on top of the same full package were published with this one; 0 for a full package."""
 
@@ -62,6 +61,13 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
     switches: tuple[Switch, ...] = ()
     """The newest first, this one included."""
 
+    def list_last_switches(self) -> Sequence[Switch]:
+        """Return the last switch to each version, the newest first."""
+        last: dict[str, Switch] = {}
+        for switch in self.switches:
+            last.setdefault(switch.version, switch)
+        return list(last.values())
+
     def is_later_than(self, step: int | None) -> bool:
         """Whether this is of a later step."""
         return step is not None and self.step is not None and step < self.step
@@ -72,6 +78,9 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
         below = {base, *bases.list_below(base_of, base)} - {None}
         its = (switch for switch in self.switches if not below.isdisjoint(bases.list_below(base_of, switch.version)))
         return max((switch.num_deltas for switch in its), default=0)
+
+
+_CURRENTS = msgspec.json.Decoder(Current)
 
 
 class Version(NamedTuple):
@@ -190,7 +199,7 @@ class VersionDirectory:
                 base=last.base,
                 has_base=last.base is None or bases.has_base(packages.child(last.version)),
             )
-            for last in _last_switches(current)
+            for last in current.list_last_switches()
         ]
 
     def rollback(self, where: str, version: str | None = None) -> str:
@@ -380,7 +389,7 @@ def parse(uri: str) -> tuple[str, str | None]:
 def _decode(raw: str, directory: Directory) -> Current:
     where = directory.describe(CURRENT)
     try:
-        current = msgspec.json.decode(raw, type=Current)
+        current = _CURRENTS.decode(raw)
         for switch in current.switches:
             datetime.fromisoformat(switch.at)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -389,11 +398,3 @@ def _decode(raw: str, directory: Directory) -> Current:
     if wrong := [name for name in names if not _NAME.fullmatch(name) or set(name) == {"."}]:
         raise ConfigError(f"{where} is damaged: {wrong[0]!r} is no name of a version. {_WAY_OUT}")
     return current
-
-
-def _last_switches(current: Current) -> Sequence[Switch]:
-    """Return the last switch to each version, the newest first."""
-    last: dict[str, Switch] = {}
-    for switch in current.switches:
-        last.setdefault(switch.version, switch)
-    return list(last.values())

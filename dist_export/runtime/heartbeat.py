@@ -45,6 +45,12 @@ class End(msgspec.Struct, frozen=True):
     exit_code: int = 1
 
 
+# made here, for msgspec's first look at a type crashes if several threads take it at once
+BEATS = msgspec.json.Decoder(Beat)
+ENDS = msgspec.json.Decoder(End)
+IDENTITIES = msgspec.json.Decoder(Identity)
+
+
 def encode(value: msgspec.Struct) -> str:
     """Return a record as text for the store."""
     return msgspec.json.encode(value).decode()
@@ -54,5 +60,5 @@ def has_ended(store: Store, rank: int, me: Identity) -> bool:
     """Return whether a rank has left, is dead, or has never arrived. RuntimeError if the store is gone."""
     if not store.check([f"who/{rank}", f"beat/{rank}"]):
         return True
-    identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)
-    return msgspec.json.decode(store.get(f"beat/{rank}"), type=Beat).has_left or identity.is_alive(me) is False
+    identity = IDENTITIES.decode(store.get(f"who/{rank}"))
+    return BEATS.decode(store.get(f"beat/{rank}")).has_left or identity.is_alive(me) is False

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 
-import msgspec
-
-from dist_export.runtime.heartbeat import Beat, Store
+from dist_export.runtime.heartbeat import BEATS, IDENTITIES, Beat, Store
 from dist_export.runtime.process_identity import Identity
 
 
@@ -41,14 +39,14 @@ class Neighbour:
         if not store.check([f"beat/{rank}", f"who/{rank}"]):
             is_late = now - self._silent_since > self._timeout_secs
             return f"rank {rank} of {self._world_size} never arrived" if is_late else None
-        beat = msgspec.json.decode(store.get(f"beat/{rank}"), type=Beat)
+        beat = BEATS.decode(store.get(f"beat/{rank}"))
         if beat.has_left:
             self._move_on()
             return None
         if beat.number != self._number:
             self._number, self._silent_since = beat.number, now
         if self._identity is None:
-            self._identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)
+            self._identity = IDENTITIES.decode(store.get(f"who/{rank}"))
         return self._judge(store, self._identity, beat, now - self._silent_since)
 
     def _move_on(self) -> None:
@@ -59,7 +57,7 @@ class Neighbour:
         is_alive = identity.is_alive(self._me)
         who = f"rank {self._rank} of {self._world_size} ({identity})"
         if is_alive is False:
-            again = msgspec.json.decode(store.get(f"beat/{self._rank}"), type=Beat)
+            again = BEATS.decode(store.get(f"beat/{self._rank}"))
             return None if again.has_left else f"{who} died in {beat.doing}"  # it may have left between the two reads
         if is_alive is None and silent > self._silent_secs:
             return f"{who} has given no sign of life for {silent:.0f} s; it was last in {beat.doing}"

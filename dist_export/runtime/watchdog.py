@@ -19,10 +19,8 @@ import threading
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from dist_export.redact import first_line
-from dist_export.runtime.heartbeat import Beat, End, Store, encode, has_ended
+from dist_export.runtime.heartbeat import BEATS, ENDS, IDENTITIES, Beat, End, Store, encode, has_ended
 from dist_export.runtime.interrupts import INTERRUPTS, end_children
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.runtime.neighbour import Neighbour
@@ -182,7 +180,7 @@ class Watchdog:
             return True
         end = End(text, self._me.host, self._rank, is_raised=True, exit_code=exit_code)
         try:
-            return msgspec.json.decode(self._store.compare_set(_END, "", encode(end)), type=End) == end
+            return ENDS.decode(self._store.compare_set(_END, "", encode(end))) == end
         except RuntimeError:  # without the store no rank can read it
             return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -275,11 +273,11 @@ class Watchdog:
         """Write a sign of life, check whether the export is over, and check the next rank."""
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local and self._first_here is None and store.check([f"who/{self._rank - local}"]):
-            self._first_here = msgspec.json.decode(store.get(f"who/{self._rank - local}"), type=Identity)
+            self._first_here = IDENTITIES.decode(store.get(f"who/{self._rank - local}"))
         store.set(f"beat/{self._rank}", encode(Beat(self._cycles, self.doing)))
         if INTERRUPTS.has_come:
             return
-        if store.check([_END]) and not (self.hears and msgspec.json.decode(store.get(_END), type=End).is_raised):
+        if store.check([_END]) and not (self.hears and ENDS.decode(store.get(_END)).is_raised):
             self._follow(store)
         elif self._why:
             self._record(store, self._why)
@@ -291,7 +289,7 @@ class Watchdog:
     def _record(self, store: Store, why: str) -> None:
         """Write the reason for all ranks, unless there is one already, and end."""
         end = End(why, self._me.host, self._rank)
-        kept = msgspec.json.decode(store.compare_set(_END, "", encode(end)), type=End)
+        kept = ENDS.decode(store.compare_set(_END, "", encode(end)))
         if kept == end:
             self._let_rank_0_end(store)
             self._leave(self._tell(why))
@@ -312,7 +310,7 @@ class Watchdog:
 
     def _follow(self, store: Store) -> None:
         """End as another rank has recorded. On each other machine the first rank prints the message too."""
-        end = msgspec.json.decode(store.get(_END), type=End)
+        end = ENDS.decode(store.get(_END))
         is_elsewhere = end.host != self._me.host and os.environ.get("LOCAL_RANK", "0") == "0"
         self._leave(self._tell(end.text) if is_elsewhere else None, exit_code=end.exit_code)
 
@@ -323,8 +321,8 @@ class Watchdog:
         for rank in range(first, first + int(here or self._world_size)):
             if rank == self._rank or not store.check([f"who/{rank}", f"beat/{rank}"]):
                 continue
-            identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)
-            beat = msgspec.json.decode(store.get(f"beat/{rank}"), type=Beat)
+            identity = IDENTITIES.decode(store.get(f"who/{rank}"))
+            beat = BEATS.decode(store.get(f"beat/{rank}"))
             if identity.is_alive(self._me) is False and not beat.has_left:
                 self._record(store, f"rank {rank} of {self._world_size} ({identity}) died in {beat.doing}")
                 return

@@ -75,6 +75,9 @@ class InferRequest(msgspec.Struct):
     outputs: list[RequestedOutput] | None = None
 
 
+_REQUESTS = msgspec.json.Decoder(InferRequest)
+
+
 def datatype_of(torch_dtype: str) -> str:
     """Return the protocol's name of a dtype of torch, such as ``FP32``."""
     return _BY_TORCH[torch_dtype]
@@ -96,7 +99,7 @@ def decode_request(body: bytes, header_length: str | None) -> tuple[InferRequest
             raise UserError(f"{HEADER_LENGTH} is {header_length!r}, and the body has {len(body):,} bytes")
         length = int(header_length)
     try:
-        request = msgspec.json.decode(body[:length], type=InferRequest)
+        request = _REQUESTS.decode(body[:length])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the request is not valid JSON of the Open Inference Protocol: {error}") from None
     tensors: dict[str, np.ndarray] = {}

@@ -83,7 +83,7 @@ def read_counts(target: Directory, plan: SparsePlan) -> Counts:
         if not name.startswith(_PREFIX):
             continue
         try:
-            note = msgspec.json.decode(kept.read(name), type=_Note)
+            note = _NOTES.decode(kept.read(name))
         except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
             continue  # truncated by a crash: these rows are cast again
         if note.plan == _name_of(plan):
@@ -99,6 +99,9 @@ class _Note(msgspec.Struct, frozen=True, kw_only=True):
     plan: str
     counts: dict[str, CastCount]
     """Losses by index into the plan's gathers."""
+
+
+_NOTES = msgspec.json.Decoder(_Note)
 
 
 def _name_of(plan: SparsePlan) -> str:

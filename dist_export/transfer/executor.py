@@ -32,7 +32,7 @@ from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.resume import Receipts
 from dist_export.transfer.shared_disks import share_disks
 from dist_export.transfer.unit_runner import UnitRunner
-from dist_export.transfer.work_done import ChunkDigests, Piece, Share, chunks_of_files, join_digests
+from dist_export.transfer.work_done import PIECES, ChunkDigests, Piece, Share, chunks_of_files, join_digests
 from dist_export.transfer.work_stealing import open_queues, take_units
 from dist_export.workdir.state import Receipt, write_receipt
 
@@ -353,9 +353,7 @@ class Transfer:
             ranks.shared.put(f"piece/{number}/{begin}", msgspec.msgpack.encode(Piece(chunks, [] if place else parts)))
         begins = self._pieces[number]
         if ranks.shared.add(f"pieces/{number}", len(pending)) == len(begins):
-            pieces = [
-                msgspec.msgpack.decode(ranks.shared.take(f"piece/{number}/{begin}"), type=Piece) for begin in begins
-            ]
+            pieces = [PIECES.decode(ranks.shared.take(f"piece/{number}/{begin}")) for begin in begins]
             sent = sorted(part for piece in pieces for part in piece.parts)
             receipt = self._receipts.make(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
             # Write the receipt before the shard, so that no shard is without one. First remove a file of another plan with

@@ -42,6 +42,9 @@ class _Record(msgspec.Struct, frozen=True):
     """File -> upload id."""
 
 
+_RECORDS = msgspec.json.Decoder(_Record)
+
+
 class Begun(msgspec.Struct, frozen=True):
     """One upload: its id, and the parts that an interrupted export sent, by number."""
 
@@ -137,7 +140,7 @@ class Uploads:
 
     def _read_record(self) -> _Record | None:
         try:
-            return msgspec.json.decode(self._target.read(UPLOADS), type=_Record)
+            return _RECORDS.decode(self._target.read(UPLOADS))
         except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 

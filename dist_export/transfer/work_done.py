@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from dist_export.storage.s3 import UploadedPart
 
 ChunkDigests = dict[tuple[int, int], list[bytes]]
@@ -36,6 +38,9 @@ class Piece(NamedTuple):
 
     chunks: list[bytes]
     parts: list[UploadedPart]
+
+
+PIECES = msgspec.msgpack.Decoder(Piece)
 
 
 def join_digests(shares: list[ChunkDigests]) -> ChunkDigests:

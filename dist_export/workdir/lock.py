@@ -128,6 +128,9 @@ class _Holder(msgspec.Struct, frozen=True):
     """The number of renewals. If it changes, the holder is alive; no clock is compared."""
 
 
+_HOLDERS = msgspec.json.Decoder(_Holder)
+
+
 class Lease:
     """Exclusive right to a directory of an object store: an object that is created only if absent, and renewed. Rank 0.
 
@@ -220,7 +223,7 @@ class Lease:
         try:
             if self._s3_directory is not None:  # the version is read first, so that a newer lease is not replaced
                 self._found_version = self._directory.stat(_LEASE).version
-            return msgspec.json.decode(self._directory.read(_LEASE), type=_Holder)
+            return _HOLDERS.decode(self._directory.read(_LEASE))
         except FileNotFoundError:
             return None
         except msgspec.MsgspecError as error:

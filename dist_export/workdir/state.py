@@ -45,6 +45,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """For a file of row indexes: where they are, by the key of the id block; None for a part that has none."""
 
 
+_RECEIPTS = msgspec.json.Decoder(Receipt)
+_NAMES = msgspec.json.Decoder(list[str])
+
+
 def write_receipt(target: Directory, receipt: Receipt) -> None:
     """Write the receipt of a shard."""
     target.write(_receipt_name(receipt.name), msgspec.json.encode(receipt))
@@ -53,7 +57,7 @@ def write_receipt(target: Directory, receipt: Receipt) -> None:
 def read_receipt(target: Directory, shard: str) -> Receipt | None:
     """Return the receipt of a shard; None if there is none, or if a crash cut it short."""
     try:
-        receipt = msgspec.json.decode(target.read(_receipt_name(shard)), type=Receipt)
+        receipt = _RECEIPTS.decode(target.read(_receipt_name(shard)))
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return receipt if receipt.name == shard else None
@@ -114,7 +118,7 @@ def note_small_files(target: Directory, names: list[str]) -> None:
 
 def _read_small_files(target: Directory) -> list[str]:
     try:
-        names = msgspec.json.decode(target.read(_SMALL_FILES), type=list[str])
+        names = _NAMES.decode(target.read(_SMALL_FILES))
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
         return []  # there is none, or a crash cut it short before any of these files was written
     return [name for name in names if all(map(is_plain_name, name.split("/")))]
