@@ -57,6 +57,35 @@ def save_several(folder: Path, model: dict[str, torch.Tensor], *, index: bool = 
     return folder
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_file_that_is_missing_by_the_names_of_the_others(lost: int, tmp_path: Path) -> None:
+    """Nothing else tells it where there is no index: its tables would be lost."""
+    folder = save_several(tmp_path / "in" / "checkpoint-2", make_model(), index=False)
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / names[lost]).unlink()
+    with pytest.raises(
+        CheckpointError, match=f"{names[lost]} is missing: by the names of the files there are 2, and 1 are"
+    ):
+        export(folder, tmp_path / "out", treat_as_tables=TABLES)
+    if lost == 0:  # the first file has none of the tables
+        manifest = export(folder / names[1], tmp_path / "one", treat_as_tables=TABLES)
+        assert any(f"{names[1]} is one of 2 files by its name" in note for note in manifest.notes)
+    save_several(tmp_path / "in" / "checkpoint-1", make_model(), index=False)
+    manifest = export(tmp_path / "in", tmp_path / "run", treat_as_tables=TABLES)
+    assert manifest.source.path.endswith("checkpoint-1"), "a save that has not finished is not the latest one"
+
+
+def test_files_that_are_counted_from_0_or_by_shard(tmp_path: Path) -> None:
+    for number, name in enumerate(
+        ("x-0-of-2", "x-1-of-2", "shard-00001-model-00001-of-00002", "shard-00002-model-00002-of-00002")
+    ):
+        save(tmp_path / "in", {f"{number}_emb.weight": torch.ones(3, 2)}, f"{name}.safetensors")
+    assert len(export(tmp_path / "in", tmp_path / "out", treat_as_tables=["*_emb.weight"]).tables) == 4
+    (tmp_path / "in" / "shard-00002-model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is missing"):
+        export(tmp_path / "in", tmp_path / "other", treat_as_tables=["*_emb.weight"])
+
+
 @pytest.mark.parametrize("num_shards", NUM_SHARDS)
 def test_tables_come_out_as_they_went_in(num_shards: int, tmp_path: Path) -> None:
     """One file, its directory, several files with an index and without: the same package, without __metadata__."""

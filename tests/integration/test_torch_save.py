@@ -181,6 +181,20 @@ def test_several_files_with_an_index(tmp_path: Path) -> None:
         export(tmp_path / "in", tmp_path / "other", treat_as_tables=TABLES)
 
 
+@pytest.mark.parametrize("there", [(1,), (2, 3)])
+def test_a_file_that_is_missing_by_the_names_of_the_others(there: tuple[int, ...], tmp_path: Path) -> None:
+    for number in there:
+        save(tmp_path / "in" / f"pytorch_model-{number:05}-of-00003.bin", {f"t{number}_emb.weight": torch.ones(3, 2)})
+    lost = 2 if there == (1,) else 1
+    with pytest.raises(
+        CheckpointError, match=f"pytorch_model-0000{lost}-of-00003.bin is missing: by the names of the files"
+    ):
+        export(tmp_path / "in", tmp_path / "out", treat_as_tables=["*_emb.weight"])
+    one = tmp_path / "in" / f"pytorch_model-{there[0]:05}-of-00003.bin"
+    manifest = export(one, tmp_path / "one", treat_as_tables=["*_emb.weight"])
+    assert any("is one of 3 files by its name" in note for note in manifest.notes)
+
+
 def test_dense_parameters_are_loaded_by_name(tmp_path: Path) -> None:
     """All but tables and state, whatever their dtype and strides, from one file or its directory."""
     model = make_model() | {

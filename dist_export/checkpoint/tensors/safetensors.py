@@ -16,7 +16,7 @@ from dist_export.checkpoint.raw_ids import Piece
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors.classify import join_pieces
 from dist_export.checkpoint.tensors.common import PlainFacts, make_checkpoint, open_files, stat_files
-from dist_export.checkpoint.tensors.weight_map import match_weight_map, read_weight_map
+from dist_export.checkpoint.tensors.weight_map import match_weight_map, note_missing_parts, read_weight_map
 from dist_export.errors import CheckpointError
 from dist_export.formats.dtypes import ITEMSIZES
 from dist_export.formats.safetensors import decode_foreign_header, header_length
@@ -74,6 +74,8 @@ class SafetensorsReader:
         if strays:
             known = INDEX_JSON if self._weight_map is not None else _WHOLE
             self._notes = (f"{len(strays)} files beside {known} are not of it and stay behind, first {strays[0]}",)
+        if self._weight_map is None:
+            self._notes += note_missing_parts(directory, names)
         self.files: tuple[SourceFile, ...] = stat_files(directory, names)
 
     def read_headers(self, files: range) -> SafetensorsShare:

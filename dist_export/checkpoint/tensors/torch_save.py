@@ -11,7 +11,7 @@ from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors.classify import Unread, join_pieces
 from dist_export.checkpoint.tensors.common import PlainFacts, make_checkpoint, open_files, stat_files
 from dist_export.checkpoint.tensors.torch_file import TorchFile, is_torch_file, read_extra_states, read_torch_file
-from dist_export.checkpoint.tensors.weight_map import match_weight_map, read_weight_map
+from dist_export.checkpoint.tensors.weight_map import match_weight_map, note_missing_parts, read_weight_map
 from dist_export.checkpoint.torch_items import Item
 from dist_export.errors import CheckpointError
 from dist_export.storage.directory import Directory
@@ -53,6 +53,7 @@ class TorchReader:
                 f"{directory.url}: no file of torch.save among its {len(directory.names())} files; looked for "
                 f"{INDEX_JSON} and *.pt, *.pth, *.ckpt, *.bin"
             )
+        self._notes = () if self._weight_map is not None else note_missing_parts(directory, names)
         if self._weight_map is None and len(names) > 1:
             _refuse_shards(directory, names)
             raise CheckpointError(
@@ -86,7 +87,8 @@ class TorchReader:
             extra=tuple(path for file in found for path in file.extra),
         )
         rest = tuple(tensor for file in found for tensor in file.rest)
-        return PlainFacts(tensors, tuple(note for file in found for note in file.notes), rest, unread)
+        notes = (*self._notes, *(note for file in found for note in file.notes))
+        return PlainFacts(tensors, notes, rest, unread)
 
     def read_extra_states(self, make_tensor: Callable[[str, Piece], Any]) -> dict[tuple[str, ...], Any]:
         """Return the extra state of modules, by the keys that lead to it; of one that is not read, why.

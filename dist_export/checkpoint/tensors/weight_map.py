@@ -6,12 +6,16 @@ Source: the files that Hugging Face's libraries and torch's ``HuggingFaceStorage
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from dist_export.errors import CheckpointError
 from dist_export.formats.recis import is_plain_name
 from dist_export.formats.strict_json import decode_object, show
 from dist_export.storage.directory import Directory
+
+_PART = re.compile(r"(?:shard-\d+-)?(.*?)(\d+)-of-(\d+)(\.\w+)")
+"""Files of several, as these writers name them; each rank of torch's ``HuggingFaceStorageWriter`` is a shard."""
 
 
 def read_weight_map(directory: Directory, name: str) -> dict[str, str]:
@@ -66,3 +70,31 @@ def match_weight_map(weight_map: Mapping[str, str], found: Iterable[tuple[str, s
                 f"{where} says that {tensor!r} is in {file}, which does not hold it"
                 ". Copy the checkpoint again, or take an earlier one"
             )
+
+
+def note_missing_parts(directory: Directory, names: Sequence[str]) -> tuple[str, ...]:
+    """Refuse files of which others are missing by their names, such as ``model-00001-of-00003.bin`` alone, without an index.
+
+    Returns a note if the path is that of one such file, which is then exported alone.
+
+    Raises:
+        CheckpointError: a file is missing in the directory.
+    """
+    there: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        if part := _PART.fullmatch(name):
+            stem, number, total, suffix = part.groups()
+            there.setdefault((stem, total, suffix), set()).add(int(number))
+    for (stem, total, suffix), numbers in there.items():
+        first = 0 if 0 in numbers else 1
+        missing = next((number for number in range(first, first + int(total)) if number not in numbers), None)
+        if missing is None:
+            continue
+        if directory.is_file:
+            return (f"{names[0]} is one of {int(total):,} files by its name; what the others hold is not exported",)
+        lacks = f"{stem}{missing:0{len(total)}}-of-{total}{suffix}"
+        raise CheckpointError(
+            f"{directory.describe(lacks)} is missing: by the names of the files there are {int(total):,}, and {len(numbers):,} "
+            "are there. Copy the checkpoint again, or take an earlier one"
+        )
+    return ()
