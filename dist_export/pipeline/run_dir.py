@@ -85,7 +85,8 @@ def find_checkpoint(
     Of a run the latest is meant that has all that the export reads; with ``needs_dense`` the dense parameters too.
 
     Raises:
-        CheckpointError: no checkpoint of that step, or none that is complete; a newest one that the settings do not fit.
+        CheckpointError: no checkpoint of that step, or none that is complete; a newest one that the settings do not fit;
+            two complete ones of the step that is meant.
     """
     directory = open_place(url, config.storage_options, follow_links=config.follow_links)
     children = _list_run(directory, config.format, has_step=step is not None)
@@ -99,9 +100,16 @@ def find_checkpoint(
     listed = read_list(directory)
     notes: list[str] = []
     by_age = sorted(children, reverse=True)
+
+    def why_not(name: str) -> str | None:
+        return _why_unlisted(listed, name) or _why_incomplete(wanted, directory, name)
+
     for place, (its_step, name) in enumerate(by_age):
-        why = _why_unlisted(listed, name) or _why_incomplete(wanted, directory, name)
+        why = why_not(name)
         if why is None:
+            others = [other for step_of, other in by_age[place + 1 :] if step_of == its_step and why_not(other) is None]
+            if others:
+                raise _refuse_twins(directory, its_step, [name, *others])
             notes += _note_no_dense(directory, name, by_age[place + 1 :][:1])
             return FoundCheckpoint(directory.locate(name), its_step, tuple(notes))
         notes.append(f"{directory.describe(name)} is passed over: {why}")
@@ -194,14 +202,18 @@ def _note_no_dense(directory: Directory, name: str, before: list[tuple[int, str]
     ]
 
 
+def _refuse_twins(directory: Directory, step: int, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{directory.url}: step {step} is that of {', '.join(names)}; give one of these as ckpt_dir, or remove the others"
+    )
+
+
 def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> FoundCheckpoint:
     names = [name for number, name in children if number == step]
     if len(names) == 1:
         return FoundCheckpoint(directory.locate(names[0]), step, ())
     if names:
-        raise CheckpointError(
-            f"{directory.url}: step {step} is that of {', '.join(names)}; give one of these as ckpt_dir"
-        )
+        raise _refuse_twins(directory, step, names)
     steps = sorted({number for number, _ in children}, reverse=True)
     more = f" and {len(steps) - _SHOWN} more" if len(steps) > _SHOWN else ""
     raise CheckpointError(

@@ -175,6 +175,17 @@ def test_one_step_under_two_names_must_be_said(run: Path) -> None:
         find(run, step=20)
 
 
+def test_a_latest_step_under_two_names_must_be_said(run: Path) -> None:
+    """Neither name tells which one training has saved last. One that is not complete, or that the list lacks, is not meant."""
+    shutil.copytree(run / "ckpt_20", run / "old_ckpt_100")
+    assert Path(find(run).directory).name == "ckpt_100", "the list lacks the other"
+    (run / "checkpoint").unlink()
+    with pytest.raises(CheckpointError, match="step 100 is that of old_ckpt_100, ckpt_100; give one of these"):
+        find(run)
+    (run / "ckpt_100" / "index").unlink()
+    assert Path(find(run).directory).name == "old_ckpt_100"
+
+
 def test_an_export_of_a_run_is_that_of_the_checkpoint(run: Path, tmp_path: Path) -> None:
     settings = {"filter_sparse_opt": True, "num_shards": 2}
     (run / "ckpt_100" / "index").unlink()
