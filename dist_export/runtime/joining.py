@@ -8,7 +8,7 @@ import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from dist_export.errors import ConfigError
+from dist_export.errors import ConfigError, ExportError
 from dist_export.redact import first_line
 from dist_export.runtime.process_identity import find_launcher
 from dist_export.runtime.ranks import Ranks
@@ -47,7 +47,8 @@ def join_as(kind: type[R], *, timeout_secs: float, is_own_process: bool = False)
 
     Args:
         kind: the class that is returned.
-        timeout_secs: seconds without progress after which a rank counts as hanging and the export ends.
+        timeout_secs: seconds without progress after which a rank counts as hanging and the export ends, and for which a rank
+            waits for the others to come.
         is_own_process: this process exists only for the export, so the export handles SIGTERM.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,7 +89,7 @@ def _join(kind: type[R], timeout_secs: float) -> R:
                 f"WORLD_SIZE is {started}, but the ranks cannot find each other: {first_line(error)}. Start them with "
                 "torchrun, or unset WORLD_SIZE to export with one rank"
             ) from error
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    group = _make_group(timeout)
     prefix = f"dist_export/{next(_sequence)}"
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 -- torch offers no public way to the job's store
     return kind(
@@ -100,6 +101,21 @@ def _join(kind: type[R], timeout_secs: float) -> R:
         timeout_secs=timeout_secs,
         watched_store=connect_anew(store, f"{prefix}/watchdog"),
     )
+
+
+def _make_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Return a group for this export alone. ExportError if another rank does not come in time: no watchdog runs yet."""
+    import torch.distributed as dist
+
+    try:
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, TimeoutError) as error:
+        raise ExportError(
+            f"the ranks do not find each other for the export: {first_line(error)}. Nothing was written; see whether a rank has "
+            "ended, and start all of them again"
+        ) from error
+    dist.distributed_c10d._set_pg_timeout(_NO_LIMIT, group)  # noqa: SLF001 -- torch offers no public way
+    return group
 
 
 def _start_group(timeout: timedelta) -> None:

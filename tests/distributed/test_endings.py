@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from dist_export.errors import ExportError
+from dist_export.runtime import joining
+from dist_export.runtime.io_activity import ACTIVITY
 from tests.support import ROOT, warm
 from tests.support.distributed import crash, warm_torchrun
 from tests.support.distributed.crash import environment, free_port, launcher, ranks_of, wait_for_end, wait_for_mark
+from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import make_tables, read_back, write_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -345,3 +349,34 @@ def test_a_failure_of_a_peer_goes_before_torchruns_sigterm(tmp_path: Path) -> No
     assert len(lines) == 1
     assert "rank 1 of 2" in lines[0]
     assert "died" in lines[0]
+
+
+def join_alone(rank: int) -> str:
+    """Rank 1 of the caller's own group ends before the export has made its group."""
+    if rank:
+        return ""
+    with pytest.raises(ExportError, match="the ranks do not find each other for the export: ") as caught:
+        joining.join(timeout_secs=2.0)
+    return str(caught.value)
+
+
+def test_a_rank_that_ends_while_the_ranks_of_an_own_group_join_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    said, _ = run_ranks(join_alone, 2, tmp_path / "store")
+    assert said.endswith("see whether a rank has ended, and start all of them again")
+
+
+def move_for_a_while(rank: int) -> int:
+    for _ in range(30 * rank):
+        time.sleep(0.1)
+        ACTIVITY.done += 1
+    return rank
+
+
+def wait_in_a_step(rank: int) -> list[int]:
+    with joining.join(timeout_secs=2.0) as ranks:
+        return ranks.all_gather("wait", lambda: move_for_a_while(rank))
+
+
+def test_the_limit_of_joining_is_none_of_a_step_that_makes_progress(tmp_path: Path) -> None:
+    """The watchdog decides then: rank 1 sends its signs of life."""
+    assert run_ranks(wait_in_a_step, 2, tmp_path / "store") == [[0, 1], [0, 1]]
