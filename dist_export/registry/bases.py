@@ -91,14 +91,17 @@ def list_below(base_of: Mapping[str, str | None], name: str | None) -> list[str]
 
 
 def list_needed(base_of: Mapping[str, str | None], names: Iterable[str], versions: Directory) -> set[str]:
-    """Return all that some versions are on top of: versions, and directories elsewhere. ConfigError if one cannot be read."""
+    """Return all that some versions are on top of: versions, and directories elsewhere. ConfigError if one cannot be read.
+
+    What was never published is in no ``base_of``, as a delta elsewhere is not: its manifest and those below it tell.
+    """
     needed = {below for name in names for below in list_below(base_of, name)}
     for where in needed - base_of.keys():
-        place = open_directory(where, versions.location.storage_options)
+        place = open_directory(where, versions.location.storage_options) if "/" in where else versions.child(where)
         manifest = read_manifest(place)
-        for link, _ in [] if manifest is None else follow(place, manifest)[0][1:]:
-            name = link.location.given.rstrip("/").rpartition("/")[2]
-            if link.is_same(versions.child(name)):  # a delta elsewhere may be on top of a version
+        links = [place] if manifest is None else [link for link, _ in follow(place, manifest)[0]]
+        for name in versions.folders():  # a link to a version may have any name
+            if any(link.is_same(versions.child(name)) for link in links):
                 needed = {*needed, name, *list_below(base_of, name)}
     return needed
 

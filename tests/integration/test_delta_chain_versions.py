@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dist_export
-from dist_export.errors import ConfigError, PackageError
+from dist_export.errors import ConfigError, ExportError, PackageError
 from dist_export.package import chain
 from dist_export.registry.versions import VersionDirectory, refuse_needed
 from dist_export.serve import served
@@ -79,6 +79,26 @@ def test_a_version_below_a_delta_elsewhere_is_kept(sources, where: Path, tmp_pat
     assert last.exists()
     with dist_export.open_package(again) as package:
         assert [layer.directory.path for layer in package.layers] == [str(again), str(outside), str(full)]
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_version_below_one_that_was_never_current_is_kept(sources, where: Path, tmp_path: Path, is_elsewhere) -> None:
+    """A publisher that loses leaves its version there, and it may be named as a base, as may a link to a version."""
+    full = publish(sources[0], where, step=0, **CHAIN)
+    publish(sources[2], where, step=2, **CHAIN)
+    named = full
+    if is_elsewhere:
+        named = tmp_path / "named"
+        named.symlink_to(full)
+    with pytest.raises(ExportError, match="step"):
+        publish(sources[1], where, step=1, base=str(named), **CHAIN)
+    [lost] = (where / "versions").glob("1-*")
+    publish(sources[3], where, step=3, base=str(named if is_elsewhere else lost), **CHAIN)
+    for number in range(4, 7):
+        last = publish(sources[3], where, step=3, num_shards=number, keep_versions=1, **CHAIN, **NOW)
+        assert full.exists()
+        with dist_export.open_package(last) as package:
+            assert package.layers[-1].directory.path == str(full)
 
 
 def test_no_link_is_overwritten(sources, where: Path) -> None:
