@@ -10,7 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,9 +34,10 @@ _DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
 
 
 class RowIndexedBlock(NamedTuple):
-    """The embeddings of one part of a table whose rows go by number."""
+    """One slot of one part of a table whose rows go by number."""
 
     table: str
+    slot: str
     number: int
     total: int
     """The part and the number of parts, as its key has them."""
@@ -44,6 +45,17 @@ class RowIndexedBlock(NamedTuple):
     shape: tuple[int, ...]
     file: int
     offset: int
+    key: str
+
+
+class _RowIndexed(NamedTuple):
+    """A table whose rows go by number."""
+
+    table: TableMeta
+    columns: tuple[tuple[RowIndexedBlock, ...], ...]
+    """By slot after the ids, the blocks of all parts in order."""
+    rows: list[int]
+    """Of each part."""
 
 
 class PackageShare(NamedTuple):
@@ -57,12 +69,19 @@ class PackageShare(NamedTuple):
 class PackageReader:
     """Reads one written package. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
-    def __init__(self, directory: Directory, shards: Sequence[str]) -> None:
+    def __init__(
+        self, directory: Directory, shards: Sequence[str], slots: Mapping[str, tuple[str, str]] | None = None
+    ) -> None:
         """Read the indexes, as far as there are any, and the merged manifest. CheckpointError where they are damaged.
 
-        ``shards`` are the package's files: others may lie beside them.
+        Args:
+            directory: the package.
+            shards: the package's files: others may lie beside them.
+            slots: by key of a block of a row-indexed table, the table and the slot, as ``manifest.json`` has them. None takes
+                the embeddings, which the merged manifest names: it has no other slot.
         """
         self._directory = directory
+        self._slots = slots
         self._shards = shards
         try:
             self._read_indexes()
@@ -88,9 +107,8 @@ class PackageReader:
                 f"{directory.describe(MERGED)} is not what was written: {error}"
                 ". Copy the package again, or export it anew"
             ) from None
-        self._row_indexed = frozenset(
-            key for key, entry in merged.items() if not entry.dense and entry.is_hashmap is False
-        )
+        embeddings = (key for key, entry in merged.items() if not entry.dense and entry.is_hashmap is False)
+        self._row_indexed = dict.fromkeys(embeddings, ("", EMBEDDING_SLOT)) | dict(self._slots or {})
         self.files: tuple[SourceFile, ...] = tuple(self._stat(name) for name in self._index.files)
 
     def read_headers(self, files: range) -> PackageShare:
@@ -123,16 +141,16 @@ class PackageReader:
         matched = match_blocks(headers, self._index, where=where, tensorkey=self._directory.describe(TENSORKEY))
         tables, parts, blocks = build_parts(matched.sparse)
         by_table: dict[str, list[RowIndexedBlock]] = {}
-        for block in sorted(block for share in shares for block in share.row_indexed):
+        for block in (block for share in shares for block in share.row_indexed):
             by_table.setdefault(block.table, []).append(block)
-        row_indexed = [self._build_table(name, its) for name, its in by_table.items()]
+        row_indexed = [self._build_table(name, by_table[name]) for name in sorted(by_table)]
         return Checkpoint(
             format="package",
             directory=self._directory,
             files=self.files,
-            tables=(*tables, *(table for table, _ in row_indexed)),
-            parts=_join_parts(parts, len(tables), [its for _, its in row_indexed]),
-            blocks=_join_blocks(blocks, [block for _, its in row_indexed for block in its]),
+            tables=(*tables, *(its.table for its in row_indexed)),
+            parts=_join_parts(parts, len(tables), [its.rows for its in row_indexed]),
+            blocks=_join_blocks(blocks, [its.columns for its in row_indexed]),
             dense=matched.dense,
             fingerprint="",
             copy_hindrances=(),
@@ -162,33 +180,42 @@ class PackageReader:
                 f"{self._directory.describe(self.files[number].name)}: block {header.keys[row]!r} is no part of a table"
                 ". Copy the package again, or export it anew"
             )
+        table, slot = self._row_indexed[header.keys[row]]
         return RowIndexedBlock(
-            table=found["table"],
+            table=table or found["table"],
+            slot=slot,
             number=int(found["number"]),
             total=int(found["total"]),
             dtype=int(header.dtypes[row]),
             shape=shape,
             file=number,
             offset=int(header.begins[row]),
+            key=header.keys[row],
         )
 
-    def _build_table(self, name: str, blocks: list[RowIndexedBlock]) -> tuple[TableMeta, list[RowIndexedBlock]]:
+    def _build_table(self, name: str, blocks: list[RowIndexedBlock]) -> _RowIndexed:
+        """Put the parts of a table together. CheckpointError where one is missing, or they are not of one kind."""
+        by_slot: dict[str, list[RowIndexedBlock]] = {EMBEDDING_SLOT: []}
+        for block in sorted(blocks, key=lambda block: block.number):
+            by_slot.setdefault(block.slot, []).append(block)
         first = blocks[0]
-        is_whole = [block.number for block in blocks] == list(range(first.total))
-        if not is_whole or any(
-            (b.total, b.dtype, b.shape[1:]) != (first.total, first.dtype, first.shape[1:]) for b in blocks
-        ):
-            raise CheckpointError(
-                f"{self._directory.url}: the shards hold parts {', '.join(str(block.number) for block in blocks[:8])} of "
-                f"{first.total} of table {name!r}, or parts of several kinds"
-                ". Copy the package again, or export it anew"
-            )
-        row_bytes = math.prod(first.shape[1:]) * DTYPES[first.dtype].itemsize
-        embedding = SlotMeta(
-            name=EMBEDDING_SLOT, dtype=first.dtype, inner_shape=first.shape[1:], row_bytes=row_bytes, column=1
-        )
-        ids = SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)
-        return TableMeta(name=name, slots=(ids, embedding), is_hashed=False, has_ids=False), blocks
+        rows = [block.shape[0] for block in by_slot[EMBEDDING_SLOT]]
+        for slot, its in by_slot.items():
+            is_whole = [block.number for block in its] == list(range(first.total))
+            kinds = {(block.total, block.dtype, block.shape[1:]) for block in its}
+            if not is_whole or len(kinds) > 1 or [block.shape[0] for block in its] != rows:
+                raise CheckpointError(
+                    f"{self._directory.url}: the shards hold parts {', '.join(str(block.number) for block in its[:8])} of "
+                    f"{first.total} of slot {slot!r} of table {name!r}, or parts of several kinds"
+                    ". Copy the package again, or export it anew"
+                )
+        slots = [SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)]
+        for column, (slot, its) in enumerate(by_slot.items(), 1):
+            inner, dtype = its[0].shape[1:], its[0].dtype
+            row_bytes = math.prod(inner) * DTYPES[dtype].itemsize
+            slots.append(SlotMeta(name=slot, dtype=dtype, inner_shape=inner, row_bytes=row_bytes, column=column))
+        table = TableMeta(name=name, slots=tuple(slots), is_hashed=False, has_ids=False)
+        return _RowIndexed(table, tuple(map(tuple, by_slot.values())), rows)
 
 
 def _take(header: Header, rows: list[int]) -> Header:
@@ -200,11 +227,11 @@ def _take(header: Header, rows: list[int]) -> Header:
     )
 
 
-def _join_parts(parts: Parts, num_tables: int, row_indexed: list[list[RowIndexedBlock]]) -> Parts:
-    """Put the parts of numbered tables behind those of ``num_tables`` hash tables."""
+def _join_parts(parts: Parts, num_tables: int, row_indexed: list[list[int]]) -> Parts:
+    """Put the parts of numbered tables, given by their rows, behind those of ``num_tables`` hash tables."""
     columns = [np.stack([parts.table, parts.begin, parts.end, parts.size, parts.rows, np.zeros_like(parts.table)])]
-    for table, blocks in enumerate(row_indexed, num_tables):
-        rows = np.array([block.shape[0] for block in blocks], np.int64)
+    for table, its in enumerate(row_indexed, num_tables):
+        rows = np.array(its, np.int64)
         end = np.cumsum(rows)
         size = np.full_like(rows, max(int(end[-1]), 1))
         columns.append(np.stack([np.full_like(rows, table), end - rows, end, size, rows, end - rows]))
@@ -212,16 +239,24 @@ def _join_parts(parts: Parts, num_tables: int, row_indexed: list[list[RowIndexed
     return Parts(table=table_column, begin=begin, end=end, size=size, rows=rows, first_row=first_row)
 
 
-def _join_blocks(blocks: Blocks, row_indexed: list[RowIndexedBlock]) -> Blocks:
-    """Put the blocks of numbered tables, two slots each, behind those of hash tables."""
+def _join_blocks(blocks: Blocks, row_indexed: list[tuple[tuple[RowIndexedBlock, ...], ...]]) -> Blocks:
+    """Put the blocks of numbered tables, by slot after the ids, behind those of hash tables."""
     num_parts, num_slots = blocks.file.shape
-    shape = (num_parts + len(row_indexed), max(num_slots, 2))
+    place = num_parts
+    shape = (
+        num_parts + sum(len(columns[0]) for columns in row_indexed),
+        max([num_slots, *(1 + len(columns) for columns in row_indexed)]),
+    )
     file = np.full(shape, ABSENT, np.int32)
     offset = np.zeros(shape, np.int64)
     key = np.full(shape, None, object)
     file[:num_parts, :num_slots], offset[:num_parts, :num_slots] = blocks.file, blocks.offset
     key[:num_parts, :num_slots] = blocks.key
-    file[num_parts:, 1] = [block.file for block in row_indexed]
-    offset[num_parts:, 1] = [block.offset for block in row_indexed]
-    key[num_parts:, 1] = [f"{block.table}/part_{block.number}_{block.total}" for block in row_indexed]
+    for columns in row_indexed:
+        rows = slice(place, place + len(columns[0]))
+        for column, its in enumerate(columns, 1):
+            file[rows, column] = [block.file for block in its]
+            offset[rows, column] = [block.offset for block in its]
+            key[rows, column] = [block.key for block in its]
+        place = rows.stop
     return Blocks(file=file, offset=offset, key=key)

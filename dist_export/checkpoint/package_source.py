@@ -134,7 +134,9 @@ class PackageSource:
         shards = sorted({part.file for table in manifest.tables for part in table.parts})
         self._directory, self._manifest = directory, manifest
         self._is_own = inner is None
-        self._inner: CheckpointReader[Any] = PackageReader(directory, shards) if inner is None else inner
+        self._inner: CheckpointReader[Any] = (
+            PackageReader(directory, shards, _list_row_indexed(manifest)) if inner is None else inner
+        )
         self.files: tuple[SourceFile, ...] = self._inner.files
 
     def read_headers(self, files: range) -> Any:
@@ -193,6 +195,17 @@ class PackageSource:
         for file in self.files:
             hasher.update(msgspec.json.encode([file.name, file.size, file.version]))
         return f"xxh3:{hasher.hexdigest()}"
+
+
+def _list_row_indexed(manifest: Manifest) -> dict[str, tuple[str, str]]:
+    """Return table and slot by the key of each block of a table whose rows go by number."""
+    return {
+        key: (table.name, slot)
+        for table in manifest.tables
+        if table.is_hashed is False
+        for part in table.parts
+        for slot, key in part.keys.items()
+    }
 
 
 def _tell_lost(which: str, slot: SlotEntry) -> str:

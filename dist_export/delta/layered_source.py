@@ -29,10 +29,9 @@ from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.delta.layered_directory import LayeredDirectory, MadeFile, name_in_layer
 from dist_export.delta.overlaid_rows import OverlaidRows, list_runs
 from dist_export.errors import CheckpointError, PackageError
-from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.manifest import TableEntry, count_served
 from dist_export.package.reader import Package
-from dist_export.package.slot_reader import SlotReader
 
 OF_DELTA, OF_BASE = 0, 1
 """Values of ``Parts.layer``; 2 is what the base is on top of, and so on."""
@@ -159,10 +158,10 @@ class _Join:
         """Tells these packages from others."""
         return " ".join(layer.manifest.digest for layer in self._package.layers)
 
-    def _list_above(self, table: str) -> list[SlotReader]:
-        """Return what reads the rows that the deltas have of a table, the last one first."""
+    def _list_above(self, table: str) -> list[Package]:
+        """Return the deltas that have rows of a table, the last one first."""
         having = [its for its in self._package.layers[:-1] if any(entry.name == table for entry in its.manifest.tables)]
-        return [its.rows_of(table) for its in having if its.table(table).rows_out]
+        return [its for its in having if its.table(table).rows_out]
 
     def _take(self, meta: TableMeta, layer: int) -> _Rows:
         """Return a layer's parts of a table, with its blocks in the order of the slots of ``meta``. CheckpointError."""
@@ -187,7 +186,7 @@ class _Join:
             checkpoint.blocks.key[mine][:, columns],
         )
 
-    def _lay_over(self, entry: TableEntry, meta: TableMeta, rows: _Rows, above: list[SlotReader]) -> _Rows:
+    def _lay_over(self, entry: TableEntry, meta: TableMeta, rows: _Rows, above: list[Package]) -> _Rows:
         """Return the parts of a row-indexed table, whose rows are read with those of the deltas on top, and one for new rows."""
         num_base, full = int(rows.columns["rows"].sum()), self._package.layers[-1]
         num_new = max(count_served(entry) - num_base, 0)
@@ -198,18 +197,17 @@ class _Join:
             none = rows.file[:1] * 0 + ABSENT
             key = np.full(none.shape, f"{meta.name} (new rows)", object)
             rows = _concatenate(rows, _Rows(added, none, none.astype(np.int64) * 0, key))
-        embedding = next(slot for slot in meta.slots if slot.name == EMBEDDING_SLOT)
-        total = num_base + num_new
-        name = f"table {meta.name}"
-        below, runs = full.rows_of(entry.name), list_runs(full.table(entry.name))
-        made = functools.partial(
-            OverlaidRows, f"{self._package.directory.url}: {name}", below, runs, above, row_bytes=embedding.row_bytes
-        )
-        self._made[name] = MadeFile(total * embedding.row_bytes, self._version, made)
-        self._files.append(SourceFile(name=name, size=total * embedding.row_bytes, version=self._version))
+        total, runs = num_base + num_new, list_runs(full.table(entry.name))
         file, offset = rows.file.copy(), rows.offset.copy()
-        file[:, embedding.column] = len(self._files) - 1
-        offset[:, embedding.column] = rows.columns["first_row"] * embedding.row_bytes
+        for slot in (its for its in meta.slots if its.name != ID_SLOT):
+            name = f"table {meta.name}" if slot.name == EMBEDDING_SLOT else f"table {meta.name}, slot {slot.name}"
+            below, *readers = (its.rows_of(entry.name, slot=slot.name) for its in (full, *above))
+            where = f"{self._package.directory.url}: {name}"
+            made = functools.partial(OverlaidRows, where, below, runs, readers, row_bytes=slot.row_bytes)
+            self._made[name] = MadeFile(total * slot.row_bytes, self._version, made)
+            self._files.append(SourceFile(name=name, size=total * slot.row_bytes, version=self._version))
+            file[:, slot.column] = len(self._files) - 1
+            offset[:, slot.column] = rows.columns["first_row"] * slot.row_bytes
         return rows._replace(columns={**rows.columns, "size": np.full(len(file), total)}, file=file, offset=offset)
 
 
