@@ -203,10 +203,11 @@ class PackageReader:
         for slot, its in by_slot.items():
             is_whole = [block.number for block in its] == list(range(first.total))
             kinds = {(block.total, block.dtype, block.shape[1:]) for block in its}
+            which = "" if slot == EMBEDDING_SLOT else f", slot {slot!r}"
             if not is_whole or len(kinds) > 1 or [block.shape[0] for block in its] != rows:
                 raise CheckpointError(
                     f"{self._directory.url}: the shards hold parts {', '.join(str(block.number) for block in its[:8])} of "
-                    f"{first.total} of slot {slot!r} of table {name!r}, or parts of several kinds"
+                    f"{first.total} of table {name!r}{which}, or parts of several kinds"
                     ". Copy the package again, or export it anew"
                 )
         slots = [SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)]
