@@ -1,4 +1,7 @@
-"""Tell of forwards that read the clock: a program has the time of the export as a constant. Code is read, nothing is run."""
+"""Tell of forwards that ask for the clock, or whether they are traced: a program has the answer of the export for good.
+
+Code is read, nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,18 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_export.humanize import few
 
 _OF_TIME = ("time", "time_ns", "monotonic", "monotonic_ns", "clock_gettime", "clock_gettime_ns", "localtime", "gmtime")
 _FUNCTIONS = {id(getattr(time, name)): f"time.{name}()" for name in _OF_TIME if hasattr(time, name)}
+_OF_TRACE = ("is_compiling", "is_dynamo_compiling", "is_exporting")
+_QUESTIONS = {
+    id(getattr(torch.compiler, name)): f"torch.compiler.{name}()" for name in _OF_TRACE if hasattr(torch.compiler, name)
+}
+"""They are true while a program is traced, and false where the model itself scores."""
 _OF_DATES = ("now", "utcnow", "today")
 _LIBRARIES = frozenset({"torch", "torchrec", "fbgemm_gpu", "numpy", "builtins", *sys.stdlib_module_names})
 _INSTALLED = ("site-packages", "dist-packages")
@@ -27,21 +36,29 @@ _MOST_FUNCTIONS = 2_000
 _NOTHING = object()
 
 
-def note_clock(model: nn.Module) -> list[str]:
-    """Return a note on forwards of the caller's own classes that read the clock, and on functions of theirs that they name.
+def note_reads(model: nn.Module) -> list[str]:
+    """Return notes on forwards of the caller's own classes, and on functions of theirs that they name.
 
-    Of very many functions the first ones count.
+    They read the clock, or ask whether they are traced. Of very many functions the first ones count.
     """
-    found: dict[str, None] = {}
+    clocks: dict[str, None] = {}
+    questions: dict[str, None] = {}
     for function, owner, module, reads in walk_functions(model.modules()):
-        found |= dict.fromkeys(f"{_name_of(function, owner, module)} reads {what}" for what in reads)
-    if not found:
-        return []
-    told = (
-        f"{few(list(found))}: the clock is read at the export, and where scores are made of it, the package has that time for "
-        "good. Give the time as an input of the batch"
-    )
-    return [told]
+        for what in reads:
+            kind = questions if what in _QUESTIONS.values() else clocks
+            kind[f"{_name_of(function, owner, module)} reads {what}"] = None
+    notes = []
+    if clocks:
+        notes.append(
+            f"{few(list(clocks))}: the clock is read at the export, and where scores are made of it, the package has that time "
+            "for good. Give the time as an input of the batch"
+        )
+    if questions:
+        notes.append(
+            f"{few(list(questions))}: that is true while a program is traced, so a package has what the code does then. Where "
+            "that is something else than the model computes, scores differ that the sample does not show: let both be the same"
+        )
+    return notes
 
 
 def walk_functions(
@@ -49,7 +66,7 @@ def walk_functions(
 ) -> Iterator[tuple[types.FunctionType, Any, nn.Module, list[str]]]:
     """Yield the forwards of the caller's own classes, and the functions of the caller's that they name, each once an owner.
 
-    Each comes with its ``self`` or None, the module that uses it, and what it reads of the clock. Of very many functions the
+    Each comes with its ``self`` or None, the module that uses it, and what it reads. Of very many functions the
     first ones count.
     """
     seen: set[tuple[int, int]] = set()
@@ -107,7 +124,7 @@ def _function_of(value: Any) -> types.FunctionType | None:
 
 
 def _read(function: types.FunctionType, owner: Any) -> Iterator[str | tuple[Any, Any]]:
-    """Yield what a function reads of the clock, and (function, its owner) of what else it names. ``owner`` is its ``self``."""
+    """Yield what a function reads, and (function, its owner) of what else it names. ``owner`` is its ``self``."""
     code = function.__code__
     known = dict(zip(code.co_freevars, map(_content_of, function.__closure__ or ()), strict=False))
     if owner is not None and code.co_argcount:
@@ -154,8 +171,8 @@ def _follow(code: types.CodeType, variables: dict[str, Any], known: dict[str, An
             loaded = _attribute_of(loaded, name)
         else:
             loaded = _NOTHING
-        if id(loaded) in _FUNCTIONS:
-            yield _FUNCTIONS[id(loaded)]
+        if (name_of := _FUNCTIONS.get(id(loaded)) or _QUESTIONS.get(id(loaded))) is not None:
+            yield name_of
         elif _function_of(loaded) is not None:
             yield loaded, owner
 

@@ -15,6 +15,7 @@ from torch import nn
 from dist_export.archive.output_diff import has_same_values
 from dist_export.dense.blocks import Blocks
 from dist_export.errors import ModelError
+from dist_export.humanize import few
 from dist_export.model.alone import refuse_collectives
 from dist_export.model.user_errors import blame, said
 
@@ -109,6 +110,25 @@ def exporting(dense_arch: nn.Module) -> Iterator[None]:
             module.exported = value
             if module in inherited:  # a class attribute shows again; a property keeps its value elsewhere
                 module.__dict__.pop("exported", None)
+
+
+def note_fast_path(model: nn.Module) -> list[str]:
+    """Return a note on encoders that give zeros at padded positions in torch's fast path, which :func:`exporting` turns off."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return []
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+    ]
+    if not names:
+        return []
+    told = (
+        f"{few(names)}: in eval mode without gradients torch's fast path gives zeros at the positions that src_key_padding_mask "
+        "marks, and programs give what the encoder computes with gradients. With a mask, and where all positions are used (a "
+        "mean, the last one), scores differ that a sample without padding does not show: build it with enable_nested_tensor=False"
+    )
+    return [told]
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:

@@ -19,10 +19,10 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import Comparisons, DenseSettings
 from dist_export.dense.blocks import Blocks, read_blocks
-from dist_export.dense.clock_reads import note_clock
+from dist_export.dense.clock_reads import note_reads
 from dist_export.dense.comparison import Comparison
 from dist_export.dense.copied_arch import clear_gradients, find_arches, load_copy, note_unregistered
-from dist_export.dense.eager import DenseSample
+from dist_export.dense.eager import DenseSample, note_fast_path
 from dist_export.dense.fg import Features
 from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.made_at_call import BeforeCall
@@ -115,7 +115,8 @@ class DenseStage:
         if self._parameters is not None:
             notes += note_unregistered(self._objects.model, dense_arch, self._config.dense_model_name)
             notes += note_unsaved(self._objects.model, self._config)
-        notes += ranks.check("look for clocks", lambda: note_clock(self._objects.model))
+        notes += ranks.check("look for clocks", lambda: note_reads(self._objects.model))
+        notes += note_fast_path(self._objects.model)
         if checkpoint is not None:  # its modes may compute values, which are compared as they were
             path, is_live = self._config.sparse_model_name, checkpoint.memory is not None
             ranks.check("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import dist_export
-from dist_export.dense.clock_reads import note_clock
+from dist_export.dense.clock_reads import note_reads
 from dist_export.dense.made_at_call import BeforeCall
 from tests.support import exports, tiny_model
 
@@ -251,7 +251,7 @@ class Quiet(nn.Module):
     ],
 )
 def test_forwards_that_read_the_clock_are_named(kind: type[nn.Module], told: list[str]) -> None:
-    notes = note_clock(nn.Sequential(kind(), kind()))
+    notes = note_reads(nn.Sequential(kind(), kind()))
     assert len(notes) == bool(told)
     assert all(notes[0].count(its) == 1 for its in told)
 
@@ -263,6 +263,37 @@ def test_an_export_tells_of_the_clock(tmp_path: Path) -> None:
 
     notes = export(Model(Aged(), Dense()), tmp_path)
     assert any(note.startswith("Aged.forward reads time.time(): the clock is read at the export") for note in notes)
+
+
+def test_an_export_tells_of_code_that_asks_whether_it_is_traced(tmp_path: Path) -> None:
+    """The branch of the trace is in the package, and the sample need not show the other one."""
+
+    class Asks(Sparse):
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: block if self.is_traced() else block * 1 for name, block in super().forward(batch).items()}
+
+        def is_traced(self) -> bool:
+            return torch.compiler.is_compiling()
+
+    notes = export(Model(Asks(), Dense()), tmp_path)
+    told = [
+        note
+        for note in notes
+        if note.startswith("Asks.is_traced reads torch.compiler.is_compiling(): that is true while")
+    ]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_export_tells_of_an_encoder_that_gives_zeros_for_padding(nested: bool, tmp_path: Path) -> None:
+    class Encoded(Dense):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+            self.unused = nn.TransformerEncoder(layer, 1, enable_nested_tensor=nested)
+
+    notes = export(Model(Sparse(), Encoded()), tmp_path)
+    assert any(note.startswith("dense_arch.unused: in eval mode") for note in notes) == nested
 
 
 @pytest.mark.parametrize("is_live", [False, True])
